@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import importlib
 import math
 import os
 import queue
@@ -345,7 +346,7 @@ def import_keras():
         # AVX2, an evaluation takes 0.75 of the time with it, and 0.8 of the memory.
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
         with silenced_stderr():  # what TensorFlow says before it has read its log level
-            import keras
+            importlib.import_module("keras")
     return sys.modules["keras"]
 
 
@@ -452,7 +453,9 @@ def read_weights(path: Path) -> Weights:
         raise UserError(f"'{path}' is damaged, or no file of VGG16 weights") from error
     digest = trunk_digest(weights)
     if digest != TRUNK_SHA256:
-        raise UserError(f"'{path}' does not hold VGG16's ImageNet weights: SHA-256 {digest}, not {TRUNK_SHA256}")
+        raise UserError(
+            f"'{path}' does not hold VGG16's ImageNet weights: SHA-256 {digest}, not {TRUNK_SHA256}"
+        )
     return weights
 
 

@@ -1,0 +1,119 @@
+#!/bin/sh
+# Paints one photo in the style of another; see usage() or the README.
+# The first use makes an environment in .venv beside this file.
+set -eu
+
+usage() {
+    cat <<'END'
+usage: sh run.sh CONTENT STYLE [OUTDIR] [flags for deepstyle.py ...]
+       sh run.sh --setup
+
+CONTENT and STYLE are pictures, looked for as given and then in images/.
+The results are OUTDIR/result_image_at_iteration_N.png (OUTDIR: result_image/).
+--setup only makes the environment and prints the path of its interpreter.
+DEEPSTYLE_PYTHON names the Python interpreter to use (3.10 to 3.13).
+The flags are in the README; "$(sh run.sh --setup)" deepstyle.py --help prints them.
+END
+}
+
+say() { printf '%s\n' "run.sh: $*" >&2; }
+
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+venv=$here/.venv
+unfinished=$here/.venv-unfinished # there while an installation is under way
+
+# Whether interpreter $1 has every package of requirements.txt, in a version that it allows.
+# It reads the packages' records and imports none, so it answers at once.
+has_packages() {
+    "$1" - "$here/requirements.txt" >/dev/null 2>&1 <<'END'
+import sys
+from importlib.metadata import version
+from packaging.requirements import Requirement
+for line in open(sys.argv[1]):
+    requirement = Requirement(line)
+    if not requirement.specifier.contains(version(requirement.name)):
+        sys.exit(1)
+END
+}
+
+supported() {
+    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+
+# Sets $base: the interpreter that .venv is made with.
+find_base() {
+    for base in ${DEEPSTYLE_PYTHON:+"$DEEPSTYLE_PYTHON"} python3 python3.13 python3.12 python3.11 python3.10; do
+        if supported "$base"; then return; fi
+        if [ -n "${DEEPSTYLE_PYTHON:-}" ]; then
+            say "DEEPSTYLE_PYTHON is '$base', which is no Python 3.10 to 3.13"
+            exit 2
+        fi
+    done
+    say "no Python 3.10 to 3.13 was found: install one, or name it in DEEPSTYLE_PYTHON"
+    exit 1
+}
+
+# Whether .venv is finished, has everything, and comes from DEEPSTYLE_PYTHON if that is set.
+venv_is_ready() {
+    [ ! -e "$unfinished" ] && has_packages "$venv/bin/python" || return 1
+    [ -z "${DEEPSTYLE_PYTHON:-}" ] || [ "$(origin "$DEEPSTYLE_PYTHON")" = "$(origin "$venv/bin/python")" ]
+}
+
+origin() { "$1" -c 'import sys; print(sys.base_prefix)' 2>/dev/null; }
+
+install_packages() {
+    if [ -e "$unfinished" ]; then say "an earlier installation was interrupted; it is done again"; fi
+    say "installing what deepstyle needs into $venv (once; it takes a few minutes)"
+    clear=
+    if [ -e "$unfinished" ] || [ -n "${DEEPSTYLE_PYTHON:-}" ] || ! [ -x "$venv/bin/python" ]; then clear=--clear; fi
+    : >"$unfinished"
+    "$base" -m venv $clear "$venv" || {
+        say "'$base -m venv' failed; on Debian and Ubuntu: apt install python3-venv"
+        exit 1
+    }
+    # On a machine with an NVIDIA GPU, TensorFlow's extra brings the CUDA libraries it needs.
+    extra=
+    if nvidia-smi >/dev/null 2>&1; then extra='[and-cuda]'; fi
+    sed "s/^tensorflow/&$extra/" "$here/requirements.txt" >"$venv/requirements.txt"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        -r "$venv/requirements.txt" >&2 || {
+        say "the installation failed (see above); the same command tries it again"
+        exit 1
+    }
+    rm -f "$unfinished"
+    say "installed"
+}
+
+# Sets $python: an interpreter that has the packages, .venv's if there is no other.
+find_python() {
+    for python in ${DEEPSTYLE_PYTHON:+"$DEEPSTYLE_PYTHON"} ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"}; do
+        if has_packages "$python"; then return; fi
+    done
+    find_base
+    python=$venv/bin/python
+    if ! venv_is_ready; then install_packages; fi
+}
+
+# Sets $picture: $1 as given, or else the picture of that name under images/.
+find_picture() {
+    picture=$1
+    if [ ! -e "$1" ] && [ -e "$here/images/$1" ]; then picture=$here/images/$1; fi
+}
+
+is_flag() { case $1 in -*) true ;; *) false ;; esac; }
+
+wrong_arguments() { usage >&2; exit 2; }
+
+case ${1:-} in
+    --setup) find_python; printf '%s\n' "$python"; exit ;;
+    -h | --help) usage; exit ;;
+esac
+if [ $# -lt 2 ] || is_flag "$1" || is_flag "$2"; then wrong_arguments; fi
+find_picture "$1"; content=$picture
+find_picture "$2"; style=$picture
+shift 2
+outdir=$here/result_image
+if [ $# -gt 0 ] && ! is_flag "$1"; then outdir=$1; shift; fi
+if [ $# -gt 0 ] && ! is_flag "$1"; then wrong_arguments; fi
+find_python
+exec "$python" "$here/deepstyle.py" "$content" "$style" "$outdir/" "$@"

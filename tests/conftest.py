@@ -1,0 +1,32 @@
+"""What several test files share: an untrained network, small pictures, and files of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import deepstyle
+
+IMAGES = Path(__file__).parent.parent / "images"
+
+
+@pytest.fixture(scope="session")
+def untrained():
+    return deepstyle.random_weights(seed=0)
+
+
+def smooth_picture(seed, rows, columns):
+    """(rows, columns, 3) uint8: random colours in patches, so that it has edges and areas."""
+    colours = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), np.uint8)
+    return deepstyle.resize(colours, (rows, columns), "bicubic")
+
+
+@pytest.fixture
+def picture_files(tmp_path):
+    """Paths of a 48x64 content and a 50x40 style picture."""
+    paths = []
+    for name, seed, rows, columns in (("content.png", 1, 48, 64), ("style.png", 2, 50, 40)):
+        Image.fromarray(smooth_picture(seed, rows, columns)).save(tmp_path / name)
+        paths.append(str(tmp_path / name))
+    return paths

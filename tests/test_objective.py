@@ -1,0 +1,107 @@
+"""Loss and gradient against the float64 oracle."""
+
+import numpy as np
+import oracle
+import pytest
+from conftest import smooth_picture
+
+import deepstyle
+
+WEIGHTS = {"content_weight": 0.025, "style_weight": 1.0, "total_variation_weight": 1e-5}
+ALONE = [{name: WEIGHTS[name] * (name == only) for name in WEIGHTS} for only in WEIGHTS]
+
+
+def pictures(rows, columns):
+    """content and style, and a start that is neither: (H, W, 3)."""
+    content, style = smooth_picture(1, rows, columns), smooth_picture(2, rows, columns)
+    noise = np.random.default_rng(3).normal(0, 20, content.shape)
+    return content, style, deepstyle.to_input_space(content) + noise
+
+
+def oracle_loss(content, style, network, settings, pool_type="ave", content_layer="conv5_2"):
+    """The function x -> loss of the oracle."""
+    targets = oracle.targets(content, style, network, pool_type)
+
+    def loss(x):
+        parts = oracle.losses(x, targets, network, pool_type=pool_type, content_layer=content_layer)
+        names = ("content_weight", "style_weight", "total_variation_weight")
+        return sum(settings[name] * part for name, part in zip(names, parts, strict=True))
+
+    return loss
+
+
+@pytest.mark.parametrize("settings", [WEIGHTS, *ALONE], ids=["all", "content", "style", "variation"])
+@pytest.mark.parametrize("pool_type", ["ave", "max"])
+@pytest.mark.parametrize("size", [(32, 48), (37, 51)], ids=["even", "odd"])
+def test_loss_and_gradient_are_those_of_the_formulas(untrained, size, pool_type, settings):
+    content, style, x = pictures(*size)
+    objective = deepstyle.Objective(content, style, pool_type=pool_type, weights=untrained, **settings)
+    exact = oracle_loss(content, style, untrained, settings, pool_type)
+    loss, gradient = objective(x)
+    assert loss == pytest.approx(exact(x), rel=1e-4)
+    assert gradient.shape == x.shape
+    assert gradient.dtype == np.float64
+    for direction in (gradient / np.linalg.norm(gradient), np.random.default_rng(4).normal(0, 0.02, x.shape)):
+        step = 1e-3
+        slope = (exact(x + step * direction) - exact(x - step * direction)) / (2 * step)
+        size_of_slope = np.linalg.norm(gradient) * np.linalg.norm(direction)
+        assert np.vdot(gradient, direction) == pytest.approx(slope, rel=1e-3, abs=1e-5 * size_of_slope)
+
+
+@pytest.mark.parametrize("layer", ["conv1_2", "conv4_2", "block4_conv2", "conv5_3"])
+def test_any_conv_layer_can_hold_the_content(untrained, layer):
+    content, style, x = pictures(33, 40)
+    objective = deepstyle.Objective(content, style, weights=untrained, content_layer=layer)
+    paper = {"block4_conv2": "conv4_2"}.get(layer, layer)
+    expected = oracle_loss(content, style, untrained, WEIGHTS, content_layer=paper)(x)
+    assert objective(x)[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_style_scale_multiplies_the_style_weight(untrained):
+    content, style, x = pictures(32, 32)
+    once = deepstyle.Objective(content, style, weights=untrained).evaluate(x)
+    scaled = deepstyle.Objective(content, style, weights=untrained, style_scale=2.5).evaluate(x)
+    assert scaled.style == pytest.approx(2.5 * once.style, rel=1e-6)
+    assert scaled.content == once.content
+
+
+def test_parts_add_up_to_the_loss(untrained):
+    content, style, x = pictures(32, 32)
+    evaluation = deepstyle.Objective(content, style, weights=untrained).evaluate(x)
+    assert evaluation.loss == evaluation.content + evaluation.style + evaluation.total_variation
+    assert min(evaluation.content, evaluation.style, evaluation.total_variation) > 0
+
+
+def test_content_picture_has_no_content_loss(untrained):
+    content, style, _ = pictures(32, 32)
+    evaluation = deepstyle.Objective(content, style, weights=untrained).evaluate(
+        deepstyle.to_input_space(content)
+    )
+    assert evaluation.content == pytest.approx(0, abs=1e-6 * evaluation.style)
+
+
+def test_targets_are_computed_once_and_no_layer_below_the_need_is_built(untrained, monkeypatch):
+    content, style, x = pictures(32, 32)
+    asked = []
+    features = deepstyle.features
+
+    def spy(x, weights, layers, pool_type):
+        asked.append(set(layers))
+        found = features(x, weights, layers, pool_type)
+        assert set(found) == set(layers)
+        return found
+
+    monkeypatch.setattr(deepstyle, "features", spy)
+    objective = deepstyle.Objective(content, style, weights=untrained)
+    for _ in range(3):
+        objective(x)
+    # One each for the targets, and one tracing of the loss that three evaluations share.
+    assert asked == [{"conv5_2"}, set(deepstyle.STYLE_LAYERS), {"conv5_2", *deepstyle.STYLE_LAYERS}]
+    shallow = {name: objective.weights[name] for name in ("conv1_1", "conv1_2", "conv2_1")}
+    assert set(features(deepstyle.to_input_space(content), shallow, ["conv2_1"], "ave")) == {"conv2_1"}
+
+
+def test_pictures_of_different_shapes_are_refused(untrained):
+    content, style, _ = pictures(32, 32)
+    with pytest.raises(deepstyle.UserError, match="one shape"):
+        deepstyle.Objective(content, style[:-1], weights=untrained)

@@ -1,0 +1,177 @@
+"""L-BFGS run once, seen through a generator; the rules for stopping."""
+
+import threading
+
+import numpy as np
+import pytest
+from conftest import smooth_picture
+from scipy import optimize
+
+import deepstyle
+from deepstyle import Evaluation, Settings
+
+
+class Rosenbrock:
+    """A hard function in the place of the objective; it remembers every point it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def evaluate(self, x):
+        self.asked.append(np.array(x))
+        flat = np.ravel(x)
+        loss = optimize.rosen(flat)
+        return Evaluation(loss, loss, 0.0, 0.0, optimize.rosen_der(flat).reshape(x.shape))
+
+
+START = np.linspace(-2, 2, 48).reshape(4, 4, 3)
+
+
+def accepted_points(function, count):
+    """The start and the first `count` accepted points."""
+    generator = deepstyle.minimise(function, START)
+    points = [next(generator) for _ in range(count + 1)]
+    generator.close()
+    return points
+
+
+def test_points_are_those_of_one_uninterrupted_lbfgs():
+    function, accepted, evaluations = Rosenbrock(), [], []
+
+    def callback(intermediate_result):
+        accepted.append(intermediate_result.x.copy())
+        evaluations.append(len(function.asked))
+
+    def rosen(flat):
+        function.evaluate(flat)
+        return optimize.rosen(flat), optimize.rosen_der(flat)
+
+    options = {"ftol": 0, "gtol": 0, "maxfun": 100}
+    optimize.minimize(
+        rosen, START.ravel(), jac=True, method="L-BFGS-B", callback=callback, options=options
+    )
+    expected = [next(x for x, n in zip(accepted, evaluations, strict=True) if n >= 20 * i) for i in (1, 2, 3, 4)]
+
+    points = accepted_points(Rosenbrock(), 4)
+    np.testing.assert_array_equal(points[0].x, START)
+    for point, x in zip(points[1:], expected, strict=True):
+        np.testing.assert_array_equal(point.x.ravel(), x)
+
+
+def test_an_iteration_is_twenty_evaluations():
+    function, counts = Rosenbrock(), []
+    for _, number in zip(deepstyle.minimise(function, START), range(6), strict=False):
+        counts.append(len(function.asked))
+        assert 0 <= counts[-1] - max(1, 20 * number) <= 5  # the line search under way is finished
+
+
+def test_what_comes_with_a_point_belongs_to_it():
+    for point in accepted_points(Rosenbrock(), 8):
+        assert point.evaluation.loss == optimize.rosen(point.x.ravel())
+
+
+def test_every_evaluation_is_told():
+    told = []
+    generator = deepstyle.minimise(Rosenbrock(), START, lambda count, loss: told.append((count, loss)))
+    next(generator)
+    next(generator)
+    generator.close()
+    assert [count for count, _ in told] == list(range(1, len(told) + 1))
+    assert told[0][1] == optimize.rosen(START.ravel())
+
+
+class Parabola:
+    """sum x^2, whose gradient has the wrong sign at the calls in `wrong`: line searches fail there."""
+
+    def __init__(self, wrong=()):
+        self.calls, self.wrong = 0, wrong
+
+    def evaluate(self, x):
+        self.calls += 1
+        sign = -1 if self.calls in self.wrong else 1
+        scale = np.arange(1, x.size + 1).reshape(x.shape) ** 2
+        loss = float(np.sum(scale * x**2))
+        return Evaluation(loss, loss, 0.0, 0.0, sign * 2 * scale * x)
+
+
+def test_a_failed_line_search_starts_the_optimiser_again():
+    # At its first evaluation SciPy is told to go uphill: it gives up without one step.
+    function = Parabola(wrong={1})
+    plain = optimize.minimize(
+        lambda x: (function.evaluate(x).loss, function.evaluate(x).gradient), START.ravel() + 3, jac=True
+    )
+    assert not plain.success
+    points = list(deepstyle.minimise(Parabola(wrong={1}), START + 3))
+    assert points[-1].evaluation.loss < 1e-9 * points[0].evaluation.loss
+
+
+def test_a_run_that_cannot_improve_ends_by_itself():
+    function = Parabola()
+    points = list(deepstyle.minimise(function, np.zeros((2, 2, 3))))
+    assert len(points) == 2  # the start, and as the only result the start again
+    assert function.calls == 3  # the first run and two fruitless ones
+
+
+def test_closing_the_generator_ends_the_run_within_one_evaluation():
+    function = Rosenbrock()
+    generator = deepstyle.minimise(function, START)
+    next(generator)
+    before = len(function.asked)
+    generator.close()
+    assert len(function.asked) <= before + 1
+    assert "deepstyle-optimiser" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_an_error_in_the_objective_reaches_the_caller():
+    class Broken:
+        def evaluate(self, x):
+            raise ZeroDivisionError("on purpose")
+
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        list(deepstyle.minimise(Broken(), START))
+
+
+def small_run(untrained, **options):
+    content, style = smooth_picture(1, 32, 40), smooth_picture(2, 40, 32)
+    settings = Settings(image_size=32, **options)
+    return list(deepstyle.paint(content, style, settings, untrained))
+
+
+def test_iterations_asked_for_are_run_and_their_numbers_agree(untrained):
+    iterations = small_run(untrained, num_iter=3)
+    assert [i.number for i in iterations] == [1, 2, 3]
+    for before, after in zip(iterations, iterations[1:], strict=False):
+        assert after.loss < before.loss
+        assert after.improvement == pytest.approx(100 * (before.loss - after.loss) / before.loss)
+    for i in iterations:
+        assert i.loss == i.content_loss + i.style_loss + i.total_variation_loss
+        assert i.picture.shape == (32, 40, 3)
+        assert i.picture.dtype == np.uint8
+        assert i.seconds > 0
+        assert 0 < i.improvement < 100
+
+
+def test_min_improvement_stops_a_run_but_never_after_the_first_iteration(untrained):
+    assert len(small_run(untrained, num_iter=4, min_improvement=99.999)) == 2
+    assert not deepstyle.is_enough(1, -5.0, Settings(min_improvement=50))
+    assert deepstyle.is_enough(2, 49.9, Settings(min_improvement=50))
+    assert not deepstyle.is_enough(2, 50.0, Settings(min_improvement=50))
+    assert not deepstyle.is_enough(9, 0.0, Settings(min_improvement=0.0))
+
+
+def test_seed_decides_the_noise(untrained):
+    a, b, c = (
+        small_run(untrained, num_iter=1, init_image="noise", seed=seed)[0].picture for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(a, b)
+    assert np.any(a != c)
+
+
+def test_stylize_takes_the_commands_flags_and_defaults(monkeypatch):
+    got = []
+    monkeypatch.setattr(deepstyle, "paint", lambda *arguments: got.append(arguments) or iter(()))
+    content, style = smooth_picture(1, 32, 40), smooth_picture(2, 40, 32)
+    list(deepstyle.stylize(content, style, weights="random", num_iter=2, content_layer="block4_conv2"))
+    assert got[0][2] == Settings(weights="random", num_iter=2, content_layer="conv4_2")
+    with pytest.raises(deepstyle.UserError, match="pool_type"):
+        deepstyle.stylize(content, style, pool_type="sum")

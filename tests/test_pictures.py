@@ -1,0 +1,139 @@
+"""Reading, resizing, colours, naming and saving."""
+
+import numpy as np
+import pytest
+from conftest import smooth_picture
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import deepstyle
+from deepstyle import Settings
+
+
+def read(path):
+    return np.asarray(deepstyle.read_picture(str(path)))
+
+
+def test_exif_orientation_is_honoured(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to show
+    Image.fromarray(smooth_picture(1, 20, 30)).save(tmp_path / "turned.png", exif=exif)
+    expected = np.rot90(smooth_picture(1, 20, 30), k=-1)
+    np.testing.assert_array_equal(read(tmp_path / "turned.png"), expected)
+
+
+def test_transparency_is_composited_on_white(tmp_path):
+    pixels = np.zeros((2, 2, 4), np.uint8)
+    pixels[..., 0] = 200
+    pixels[..., 3] = [[0, 255], [128, 255]]
+    Image.fromarray(pixels).save(tmp_path / "clear.png")
+    picture = read(tmp_path / "clear.png")
+    assert picture[0, 0].tolist() == [255, 255, 255]
+    assert picture[0, 1].tolist() == [200, 0, 0]
+    assert picture[1, 0].tolist() == pytest.approx([227, 127, 127], abs=1)
+
+
+def test_transparent_palette_colour_becomes_white(tmp_path):
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([10, 20, 30, 40, 50, 60])
+    picture.putpixel((1, 0), 1)
+    picture.save(tmp_path / "palette.png", transparency=1)
+    assert read(tmp_path / "palette.png").tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+def test_grey_becomes_rgb(tmp_path):
+    Image.fromarray(np.uint8([[0, 100, 255]])).save(tmp_path / "grey.png")
+    assert read(tmp_path / "grey.png").tolist() == [[[0] * 3, [100] * 3, [255] * 3]]
+
+
+def test_sixteen_bits_are_scaled(tmp_path):
+    Image.fromarray(np.uint16([[0, 25700, 65535]])).save(tmp_path / "deep.png")
+    assert read(tmp_path / "deep.png").tolist() == [[[0] * 3, [100] * 3, [255] * 3]]
+
+
+@given(
+    height=st.integers(1, 5000), width=st.integers(1, 5000), rows=st.integers(1, 3000), keep=st.booleans()
+)
+def test_columns_follow_from_the_content_picture(height, width, rows, keep):
+    settings = Settings(image_size=rows, maintain_aspect_ratio=keep)
+    size = deepstyle.picture_size((height, width, 3), settings)
+    assert size == (rows, max(1, int(rows * width / height)) if keep else rows)
+
+
+def test_resizing_is_pillows_bilinear():
+    picture = smooth_picture(1, 40, 60)
+    expected = Image.fromarray(picture).resize((30, 20), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(deepstyle.resize(picture, (20, 30)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("method", ["nearest", "bilinear", "bicubic"])
+def test_rescaled_picture_has_the_contents_size(method):
+    content, small = smooth_picture(1, 45, 61), smooth_picture(2, 20, 27)
+    settings = Settings(rescale_image=True, rescale_method=method)
+    picture = deepstyle.finish(deepstyle.to_input_space(small), content, settings)
+    expected = Image.fromarray(small).resize((61, 45), Image.Resampling[method.upper()])
+    np.testing.assert_array_equal(picture, np.asarray(expected))
+
+
+def test_cubic_is_another_name_for_bicubic():
+    assert deepstyle.RESAMPLING["cubic"] == deepstyle.RESAMPLING["bicubic"]
+
+
+def test_preserve_color_keeps_the_results_luma_and_the_contents_chroma():
+    # Mild colours: at the edges of RGB, clipping would change luma and chroma.
+    content, result = smooth_picture(1, 20, 20) // 4 + 96, smooth_picture(2, 20, 20) // 4 + 96
+    x = deepstyle.to_input_space(result)
+    picture = deepstyle.finish(x, content, Settings(preserve_color=True))
+    shown, wanted_luma, wanted_chroma = (
+        np.asarray(Image.fromarray(p).convert("YCbCr")).astype(int) for p in (picture, result, content)
+    )
+    assert np.abs(shown[..., 0] - wanted_luma[..., 0]).max() <= 2
+    assert np.abs(shown[..., 1:] - wanted_chroma[..., 1:]).max() <= 2
+    np.testing.assert_array_equal(deepstyle.finish(x, content, Settings()), result)
+
+
+def test_input_space_is_bgr_minus_the_means_and_back():
+    picture = np.uint8([[[255, 128, 0]]])
+    x = deepstyle.to_input_space(picture)
+    assert x.ravel().tolist() == pytest.approx([0 - 103.939, 128 - 116.779, 255 - 123.68])
+    np.testing.assert_array_equal(deepstyle.from_input_space(x), picture)
+
+
+def test_saved_values_are_rounded_and_clipped():
+    x = np.float64([[[300, 99.6, -50]]]) - deepstyle.MEAN_BGR
+    assert deepstyle.from_input_space(x).tolist() == [[[0, 100, 255]]]
+
+
+def test_prefix_names_the_pictures(tmp_path):
+    (tmp_path / "there").mkdir()
+    names = {
+        "out/a": "out/a_at_iteration_3.png",
+        "out/": "out/result_image_at_iteration_3.png",
+        str(tmp_path / "there"): str(tmp_path / "there/result_image_at_iteration_3.png"),
+    }
+    for prefix, expected in names.items():
+        assert str(deepstyle.picture_path(prefix, 3)) == expected
+
+
+def test_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, picture = tmp_path / "new" / "a.png", smooth_picture(1, 8, 8)
+    deepstyle.write_picture(path, picture)
+    np.testing.assert_array_equal(read(path), picture)
+
+    def half(self, file, format):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(deepstyle.UserError, match="No space left"):
+        deepstyle.write_picture(path, picture + 1)
+    np.testing.assert_array_equal(read(path), picture)
+    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("bytes_", [b"", b"no picture"])
+def test_file_that_is_no_picture_is_a_users_error(tmp_path, bytes_):
+    (tmp_path / "a.jpg").write_bytes(bytes_)
+    with pytest.raises(deepstyle.UserError, match=r"a\.jpg"):
+        read(tmp_path / "a.jpg")
