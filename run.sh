@@ -29,7 +29,7 @@ has_packages() {
 import sys
 from importlib.metadata import version
 from packaging.requirements import Requirement
-for line in open(sys.argv[1]):
+for line in open(sys.argv[1]).read().splitlines():
     requirement = Requirement(line)
     if not requirement.specifier.contains(version(requirement.name)):
         sys.exit(1)
@@ -86,6 +86,7 @@ install_packages() {
 
 # Sets $python: an interpreter that has the packages, .venv's if there is no other.
 find_python() {
+    if [ "${DEEPSTYLE_PYTHON:-}" = "$venv/bin/python" ]; then DEEPSTYLE_PYTHON=; fi
     for python in ${DEEPSTYLE_PYTHON:+"$DEEPSTYLE_PYTHON"} ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"}; do
         if has_packages "$python"; then return; fi
     done

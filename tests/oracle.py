@@ -1,4 +1,4 @@
-"""The losses once more, in float64 NumPy and straight from their formulas: what the program is checked against.
+"""The losses once more, in float64 NumPy and straight from their formulas, to check the program against.
 
 It shares nothing with deepstyle.py but the weights it is given.
 """

@@ -1,5 +1,6 @@
 """L-BFGS run once, seen through a generator; the rules for stopping."""
 
+import itertools
 import threading
 
 import numpy as np
@@ -47,10 +48,10 @@ def test_points_are_those_of_one_uninterrupted_lbfgs():
         return optimize.rosen(flat), optimize.rosen_der(flat)
 
     options = {"ftol": 0, "gtol": 0, "maxfun": 100}
-    optimize.minimize(
-        rosen, START.ravel(), jac=True, method="L-BFGS-B", callback=callback, options=options
-    )
-    expected = [next(x for x, n in zip(accepted, evaluations, strict=True) if n >= 20 * i) for i in (1, 2, 3, 4)]
+    optimize.minimize(rosen, START.ravel(), jac=True, method="L-BFGS-B", callback=callback, options=options)
+    expected = [
+        next(x for x, n in zip(accepted, evaluations, strict=True) if n >= 20 * i) for i in (1, 2, 3, 4)
+    ]
 
     points = accepted_points(Rosenbrock(), 4)
     np.testing.assert_array_equal(points[0].x, START)
@@ -95,12 +96,15 @@ class Parabola:
 
 
 def test_a_failed_line_search_starts_the_optimiser_again():
-    # At its first evaluation SciPy is told to go uphill: it gives up without one step.
+    # Told at the start to go uphill, SciPy gives up without one step.
     function = Parabola(wrong={1})
-    plain = optimize.minimize(
-        lambda x: (function.evaluate(x).loss, function.evaluate(x).gradient), START.ravel() + 3, jac=True
-    )
-    assert not plain.success
+
+    def parabola(flat):
+        evaluation = function.evaluate(flat)
+        return evaluation.loss, evaluation.gradient
+
+    alone = optimize.minimize(parabola, START.ravel() + 3, jac=True, method="L-BFGS-B")
+    assert not alone.success
     points = list(deepstyle.minimise(Parabola(wrong={1}), START + 3))
     assert points[-1].evaluation.loss < 1e-9 * points[0].evaluation.loss
 
@@ -140,7 +144,7 @@ def small_run(untrained, **options):
 def test_iterations_asked_for_are_run_and_their_numbers_agree(untrained):
     iterations = small_run(untrained, num_iter=3)
     assert [i.number for i in iterations] == [1, 2, 3]
-    for before, after in zip(iterations, iterations[1:], strict=False):
+    for before, after in itertools.pairwise(iterations):
         assert after.loss < before.loss
         assert after.improvement == pytest.approx(100 * (before.loss - after.loss) / before.loss)
     for i in iterations:

@@ -52,9 +52,7 @@ def test_sixteen_bits_are_scaled(tmp_path):
     assert read(tmp_path / "deep.png").tolist() == [[[0] * 3, [100] * 3, [255] * 3]]
 
 
-@given(
-    height=st.integers(1, 5000), width=st.integers(1, 5000), rows=st.integers(1, 3000), keep=st.booleans()
-)
+@given(height=st.integers(1, 5000), width=st.integers(1, 5000), rows=st.integers(1, 3000), keep=st.booleans())
 def test_columns_follow_from_the_content_picture(height, width, rows, keep):
     settings = Settings(image_size=rows, maintain_aspect_ratio=keep)
     size = deepstyle.picture_size((height, width, 3), settings)

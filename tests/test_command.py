@@ -1,0 +1,199 @@
+"""The command line: flags, messages, exit statuses, files."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import deepstyle
+
+SCRIPT = Path(deepstyle.__file__)
+SMALL = ["--weights", "random", "--image_size", "32", "--num_iter", "2"]
+
+
+def parse(*flags):
+    return deepstyle.command_line().parse_args(["c.png", "s.png", "out", *flags])
+
+
+def test_defaults_are_the_ones_people_know():
+    assert deepstyle.Settings() == deepstyle.Settings(
+        image_size=400,
+        num_iter=10,
+        init_image="content",
+        pool_type="ave",
+        preserve_color=False,
+        min_improvement=0.0,
+        content_weight=0.025,
+        style_weight=1.0,
+        style_scale=1.0,
+        total_variation_weight=1e-5,
+        rescale_image=False,
+        rescale_method="bilinear",
+        maintain_aspect_ratio=True,
+        content_layer="conv5_2",
+        weights=None,
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize("flag", ["preserve_color", "rescale_image", "maintain_aspect_ratio"])
+def test_on_off_flags_take_many_spellings_and_alone_mean_true(flag):
+    for text in ("True", "true", "yes", "1"):
+        assert getattr(parse(f"--{flag}", text), flag) is True
+    for text in ("False", "FALSE", "no", "0"):
+        assert getattr(parse(f"--{flag}", text), flag) is False
+    assert getattr(parse(f"--{flag}"), flag) is True
+    with pytest.raises(deepstyle.UserError, match="maybe"):
+        parse(f"--{flag}", "maybe")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--pool_type", "avg"], "--pool_type is 'avg'; it must be one of ave, max; did you mean ave?"),
+        (["--init_image", "contents"], "did you mean content?"),
+        (["--content_layer", "conv5_4"], "did you mean conv5_3?"),
+        (["--content_layer", "block6_conv1"], "--content_layer is 'block6_conv1'"),
+        (["--rescale_method", "lanczos"], "nearest, bilinear, bicubic, cubic"),
+        (["--image_size", "0"], "--image_size is 0; it must be 1 or more"),
+        (["--num_iter", "-1"], "--num_iter is -1"),
+        (["--content_weight", "nan"], "--content_weight is nan"),
+        (["--style_weight", "-1"], "--style_weight is -1.0"),
+        (["--total_variation_weight", "inf"], "--total_variation_weight is inf"),
+        (["--image_size", "many"], "--image_size"),
+        (["--imagesize", "10"], "--imagesize"),
+        (["--seed", "-1"], "--seed is -1"),
+    ],
+)
+def test_wrong_flag_is_one_line_and_status_2(picture_files, tmp_path, capsys, flags, said):
+    status = deepstyle.main([*picture_files, str(tmp_path / "out" / "a"), *flags])
+    shown = capsys.readouterr()
+    assert status == 2
+    assert shown.out == ""
+    assert shown.err.startswith("deepstyle: error: ")
+    assert shown.err.count("\n") == 1
+    assert said in shown.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["one.png"], ["one.png", "two.png"]])
+def test_missing_arguments_are_named(arguments, capsys):
+    assert deepstyle.main(arguments) == 2
+    assert "required: " in capsys.readouterr().err
+
+
+def test_missing_picture_is_named(picture_files, tmp_path, capsys):
+    assert deepstyle.main([picture_files[0], "none.jpg", str(tmp_path / "a")]) == 2
+    expected = "deepstyle: error: cannot read the picture 'none.jpg': No such file or directory\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    assert deepstyle.main(["--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, default in vars(deepstyle.Settings()).items():
+        assert f"--{name} " in shown
+        if default is not None:
+            after = shown.split(f"--{name} ")[1]
+            assert re.search(r"\(default: (\S+)\)", after).group(1) == str(default)
+    assert "example: deepstyle.py " in shown
+
+
+def test_version(capsys):
+    assert deepstyle.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"deepstyle {deepstyle.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["a.png", "b.png", "c", "--pool_type", "x"]])
+def test_nothing_heavy_is_imported_to_answer_help_and_errors(arguments):
+    code = (
+        "import sys, deepstyle; deepstyle.main(sys.argv[1:]); "
+        "print([m for m in ('tensorflow', 'keras', 'scipy', 'rich', 'h5py') if m in sys.modules])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=SCRIPT.parent, capture_output=True, text=True
+    )
+    assert ended.stdout.endswith("[]\n")
+
+
+def test_a_run_writes_one_picture_per_iteration_and_says_what_it_did(picture_files, tmp_path):
+    command = [sys.executable, str(SCRIPT), *picture_files, str(tmp_path / "new folder" / "a"), *SMALL]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0
+    assert ended.stderr == ""  # none of TensorFlow's chatter
+    first, *lines = ended.stdout.splitlines()
+    assert re.fullmatch(
+        r"painting 32 x 42 pixels on the CPU \(\d+ cores?\); RANDOM weights, untrained.*", first
+    )
+    number = r"[-+.e\d]+"
+    for n, line in enumerate(lines, 1):
+        path = tmp_path / "new folder" / f"a_at_iteration_{n}.png"
+        assert Image.open(path).size == (42, 32)
+        assert re.fullmatch(
+            rf"iteration {n}/2: loss {number} "
+            rf"\(content {number}, style {number}, total variation {number}\), "
+            rf"improved by {number} %, {number} s, {re.escape(str(path))}",
+            line,
+        )
+    assert len(lines) == 2
+    assert len(list((tmp_path / "new folder").iterdir())) == 2
+
+
+def test_quiet_says_nothing_and_makes_the_same_picture(picture_files, tmp_path, capfd):
+    for name, flags in (("a", []), ("b", ["--quiet"])):
+        assert deepstyle.main([*picture_files, str(tmp_path / name), *SMALL, *flags]) == 0
+        assert bool(capfd.readouterr().out) == (name == "a")
+    a, b = (np.asarray(Image.open(tmp_path / f"{name}_at_iteration_2.png")) for name in "ab")
+    np.testing.assert_array_equal(a, b)
+
+
+def test_rescaled_run_saves_the_contents_size(picture_files, tmp_path):
+    flags = ["--rescale_image", "--preserve_color", "--quiet", "--num_iter", "1"]
+    assert deepstyle.main([*picture_files, f"{tmp_path}/", *SMALL, *flags]) == 0
+    assert Image.open(tmp_path / "result_image_at_iteration_1.png").size == (64, 48)
+
+
+def test_early_end_is_said(picture_files, tmp_path, capfd):
+    flags = [*SMALL, "--num_iter", "5", "--min_improvement", "99.999"]
+    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *flags]) == 0
+    assert (
+        capfd.readouterr().out.splitlines()[-1]
+        == "stopped: the last iteration improved by less than 99.999 %"
+    )
+    flags = [*SMALL, "--style_weight", "0", "--total_variation_weight", "0"]
+    assert deepstyle.main([*picture_files, str(tmp_path / "b"), *flags]) == 0
+    assert "the optimiser finds no better picture" in capfd.readouterr().out
+    assert (tmp_path / "b_at_iteration_1.png").exists()
+
+
+def test_terminal_gets_a_progress_bar(picture_files, tmp_path):
+    import pty
+
+    shell, terminal = pty.openpty()
+    command = [sys.executable, str(SCRIPT), *picture_files, str(tmp_path / "a"), *SMALL]
+    run = subprocess.Popen(
+        command, stdout=terminal, stderr=terminal, env={"TERM": "xterm", "COLUMNS": "100", "PATH": ""}
+    )
+    shown = b""
+    while run.poll() is None:
+        time.sleep(0.1)
+        shown += read_available(shell)
+    shown += read_available(shell)
+    assert run.returncode == 0
+    assert re.search(rb"iteration [12]/2 .*loss [.e+\d]+, \d+:\d\d left", shown)
+    assert b"improved by" in shown
+
+
+def read_available(descriptor):
+    import os
+    import select
+
+    read = b""
+    while select.select([descriptor], [], [], 0)[0]:
+        read += os.read(descriptor, 65536)
+    return read

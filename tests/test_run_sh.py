@@ -1,0 +1,175 @@
+"""run.sh, with stand-ins for the interpreter where an installation would take minutes."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import IMAGES
+from PIL import Image
+
+ROOT = IMAGES.parent
+# An interpreter that notes what it is asked for; -m venv and -m pip "work" in an instant.
+FAKE_PYTHON = """#!/bin/sh
+echo "$0 $*" >>"$LOG"
+here=$(dirname -- "$0")
+case "$1 ${2:-}" in
+    "-c "*base_prefix*) echo "${BASE:-base}" ;;
+    "-c "*) exit "${UNSUPPORTED:-0}" ;;
+    "- "*) [ -e "$here/has_packages" ] ;;
+    "-m venv") for last; do :; done; mkdir -p "$last/bin"; cp "$0" "$last/bin/python" ;;
+    "-m pip") [ -z "${PIP_FAILS:-}" ] && : >"$here/has_packages" ;;
+    *) echo "ran: $*"; exit "${STATUS:-0}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A fresh copy of the program, in a folder with a space, and a fake python3 to find in PATH."""
+    clone = tmp_path / "my clone"
+    (clone / "images").mkdir(parents=True)
+    for name in ("run.sh", "requirements.txt", "deepstyle.py"):
+        shutil.copy(ROOT / name, clone)
+    (clone / "images" / "shipped.jpg").touch()
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python3"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    return clone
+
+
+def run(clone, *arguments, **environment):
+    """(status, stdout, stderr, what the interpreters were asked for)"""
+    folder = clone.parent
+    log = folder / "log"
+    log.write_text("")
+    environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "LOG": str(log)} | environment
+    command = ["sh", str(clone / "run.sh"), *arguments]
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return ended.returncode, ended.stdout, ended.stderr, log.read_text()
+
+
+def test_first_use_installs_and_later_uses_start_at_once(clone):
+    status, out, err, log = run(clone, "a.jpg", "b.jpg")
+    assert status == 0
+    assert "installing" in err
+    assert len(err.splitlines()) <= 3
+    assert "-m pip install" in log
+    assert out == f"ran: {clone}/deepstyle.py a.jpg b.jpg {clone}/result_image/\n"
+    status, again, err, log = run(clone, "a.jpg", "b.jpg")
+    assert (status, again, err) == (0, out, "")
+    assert "-m pip" not in log
+    assert "-m venv" not in log
+
+
+def test_interrupted_installation_is_done_again(clone):
+    status, out, err, _ = run(clone, "a.jpg", "b.jpg", PIP_FAILS="1")
+    assert (status, out) == (1, "")
+    assert "installation failed" in err
+    (clone / ".venv" / "bin" / "has_packages").touch()  # as if only the last package were half there
+    status, out, err, log = run(clone, "a.jpg", "b.jpg")
+    assert status == 0
+    assert "interrupted" in err
+    assert "-m venv --clear" in log
+    assert "-m pip install" in log
+    assert not (clone / ".venv-unfinished").exists()
+
+
+def test_active_environment_with_the_packages_is_used(clone, tmp_path):
+    (tmp_path / "active" / "bin").mkdir(parents=True)
+    shutil.copy(tmp_path / "bin" / "python3", tmp_path / "active" / "bin" / "python")
+    (tmp_path / "active" / "bin" / "has_packages").touch()
+    _, _, _, log = run(clone, "a.jpg", "b.jpg", VIRTUAL_ENV=str(tmp_path / "active"))
+    assert log.splitlines()[-1].startswith(f"{tmp_path}/active/bin/python {clone}/deepstyle.py")
+    assert not (clone / ".venv").exists()
+
+
+def test_active_environment_without_the_packages_is_left_alone(clone, tmp_path):
+    (tmp_path / "active" / "bin").mkdir(parents=True)
+    shutil.copy(tmp_path / "bin" / "python3", tmp_path / "active" / "bin" / "python")
+    _, _, _, log = run(clone, "a.jpg", "b.jpg", VIRTUAL_ENV=str(tmp_path / "active"))
+    assert log.splitlines()[-1].startswith(f"{clone}/.venv/bin/python ")
+    assert [path.name for path in (tmp_path / "active" / "bin").iterdir()] == ["python"]
+
+
+def test_deepstyle_python_names_the_interpreter(clone, tmp_path):
+    other = tmp_path / "bin" / "my python"
+    shutil.copy(tmp_path / "bin" / "python3", other)
+    _, _, _, log = run(clone, "a.jpg", "b.jpg", DEEPSTYLE_PYTHON=str(other))
+    assert f"{other} -m venv" in log
+    status, _, err, _ = run(clone, "a.jpg", "b.jpg", DEEPSTYLE_PYTHON=str(other), UNSUPPORTED="1")
+    assert status == 2
+    assert "Python 3.10 to 3.13" in err
+    status, _, err, _ = run(clone, "a.jpg", "b.jpg", DEEPSTYLE_PYTHON="/no/such/python")
+    assert status == 2
+
+
+def test_a_machine_with_an_nvidia_gpu_gets_cuda(clone, tmp_path):
+    run(clone, "a.jpg", "b.jpg")
+    assert "[and-cuda]" not in (clone / ".venv" / "requirements.txt").read_text()
+    shutil.rmtree(clone / ".venv")
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    run(clone, "a.jpg", "b.jpg")
+    installed = (clone / ".venv" / "requirements.txt").read_text().splitlines()
+    plain = (ROOT / "requirements.txt").read_text().splitlines()
+    assert installed[0].startswith("tensorflow[and-cuda]>=")
+    assert installed[1:] == plain[1:]
+
+
+def test_picture_is_looked_for_as_given_and_then_in_images(clone, tmp_path):
+    _, out, _, _ = run(clone, "shipped.jpg", "none.jpg", "out dir")
+    assert out == f"ran: {clone}/deepstyle.py {clone}/images/shipped.jpg none.jpg out dir/\n"
+    (tmp_path / "shipped.jpg").touch()
+    _, out, _, _ = run(clone, "shipped.jpg", "none.jpg", "out dir")
+    assert out == f"ran: {clone}/deepstyle.py shipped.jpg none.jpg out dir/\n"
+
+
+def test_flags_and_the_programs_status_are_passed_on(clone):
+    status, out, _, _ = run(clone, "a.jpg", "b.jpg", "--num_iter", "3", STATUS="3")
+    assert status == 3
+    assert out.endswith(f"{clone}/result_image/ --num_iter 3\n")
+    status, out, _, _ = run(clone, "a.jpg", "b.jpg", "out", "--quiet", STATUS="2")
+    assert status == 2
+    assert out.endswith("out/ --quiet\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["a"], ["--num_iter", "3"], ["a", "--quiet"], ["a", "b", "c", "d"]]
+)
+def test_wrong_number_of_arguments_gets_the_usage(clone, arguments):
+    status, out, err, log = run(clone, *arguments)
+    assert (status, out, log) == (2, "", "")
+    assert err.startswith("usage: sh run.sh CONTENT STYLE [OUTDIR]")
+
+
+def test_setup_prints_the_interpreter(clone):
+    status, out, _, _ = run(clone, "--setup")
+    assert (status, out) == (0, f"{clone}/.venv/bin/python\n")
+
+
+def test_the_whole_program_runs_from_any_folder(clone):
+    shutil.copytree(IMAGES, clone / "images", dirs_exist_ok=True)
+    small = ["--weights", "random", "--image_size", "32", "--num_iter", "2"]
+    arguments = ["rocket.jpg", "composition_viii.jpg", "my out", *small]
+    status, out, err, _ = run(clone, *arguments, **os.environ, DEEPSTYLE_PYTHON=sys.executable)
+    assert (status, err) == (0, "")
+    names = sorted(path.name for path in (clone.parent / "my out").iterdir())
+    assert names == ["result_image_at_iteration_1.png", "result_image_at_iteration_2.png"]
+    assert names[1] in out
+    assert Image.open(clone.parent / "my out" / names[1]).size == (47, 32)
+    status, _, err, _ = run(clone, "none.jpg", *arguments[1:], DEEPSTYLE_PYTHON=sys.executable)
+    assert status == 2
+    assert "none.jpg" in err
+    assert not (clone / ".venv").exists()
+
+
+def test_the_environment_never_makes_itself_anew(clone):
+    run(clone, "--setup")
+    (clone / ".venv" / "bin" / "has_packages").unlink()
+    own = str(clone / ".venv" / "bin" / "python")
+    status, out, _, log = run(clone, "--setup", DEEPSTYLE_PYTHON=own)
+    assert (status, out) == (0, f"{own}\n")
+    assert "--clear" not in log
