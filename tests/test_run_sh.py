@@ -154,13 +154,14 @@ def test_the_whole_program_runs_from_any_folder(clone):
     shutil.copytree(IMAGES, clone / "images", dirs_exist_ok=True)
     small = ["--weights", "random", "--image_size", "32", "--num_iter", "2"]
     arguments = ["rocket.jpg", "composition_viii.jpg", "my out", *small]
-    status, out, err, _ = run(clone, *arguments, **os.environ, DEEPSTYLE_PYTHON=sys.executable)
+    environment = {"HOME": os.environ["HOME"], "DEEPSTYLE_PYTHON": sys.executable}
+    status, out, err, _ = run(clone, *arguments, **environment)
     assert (status, err) == (0, "")
     names = sorted(path.name for path in (clone.parent / "my out").iterdir())
     assert names == ["result_image_at_iteration_1.png", "result_image_at_iteration_2.png"]
     assert names[1] in out
     assert Image.open(clone.parent / "my out" / names[1]).size == (47, 32)
-    status, _, err, _ = run(clone, "none.jpg", *arguments[1:], DEEPSTYLE_PYTHON=sys.executable)
+    status, _, err, _ = run(clone, "none.jpg", *arguments[1:], **environment)
     assert status == 2
     assert "none.jpg" in err
     assert not (clone / ".venv").exists()
