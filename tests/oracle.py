@@ -18,9 +18,7 @@ def convolve(x, kernel, bias):
     height, width, _ = x.shape
     padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
     kernel = kernel.astype(np.float64)
-    return bias + sum(
-        padded[i : i + height, j : j + width] @ kernel[i, j] for i in range(3) for j in range(3)
-    )
+    return bias + sum(padded[i : i + height, j : j + width] @ kernel[i, j] for i in range(3) for j in range(3))
 
 
 def pool(x, pool_type):
@@ -60,9 +58,7 @@ def losses(x, targets, weights, *, pool_type="ave", content_layer="conv5_2"):
     size = x.shape[0] * x.shape[1]
     f = features(x, weights, pool_type)
     content_loss = ((f[content_layer] - f_content[content_layer]) ** 2).sum()
-    style_loss = sum(
-        ((style_grams[name] - gram(f[name])) ** 2).sum() / (4 * 3**2 * size**2) for name in STYLE_LAYERS
-    )
+    style_loss = sum(((style_grams[name] - gram(f[name])) ** 2).sum() / (4 * 3**2 * size**2) for name in STYLE_LAYERS)
     down = x[:-1, :-1] - x[1:, :-1]
     right = x[:-1, :-1] - x[:-1, 1:]
     return content_loss, style_loss / 5, ((down**2 + right**2) ** 1.25).sum()

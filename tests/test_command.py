@@ -115,9 +115,7 @@ def test_nothing_heavy_is_imported_to_answer_help_and_errors(arguments):
         "import sys, deepstyle; deepstyle.main(sys.argv[1:]); "
         "print([m for m in ('tensorflow', 'keras', 'scipy', 'rich', 'h5py') if m in sys.modules])"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=SCRIPT.parent, capture_output=True, text=True
-    )
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], cwd=SCRIPT.parent, capture_output=True, text=True)
     assert ended.stdout.endswith("[]\n")
 
 
@@ -127,9 +125,7 @@ def test_a_run_writes_one_picture_per_iteration_and_says_what_it_did(picture_fil
     assert ended.returncode == 0
     assert ended.stderr == ""  # none of TensorFlow's chatter
     first, *lines = ended.stdout.splitlines()
-    assert re.fullmatch(
-        r"painting 32 x 42 pixels on the CPU \(\d+ cores?\); RANDOM weights, untrained.*", first
-    )
+    assert re.fullmatch(r"painting 32 x 42 pixels on the CPU \(\d+ cores?\); RANDOM weights, untrained.*", first)
     number = r"[-+.e\d]+"
     for n, line in enumerate(lines, 1):
         path = tmp_path / "new folder" / f"a_at_iteration_{n}.png"
@@ -161,10 +157,7 @@ def test_rescaled_run_saves_the_contents_size(picture_files, tmp_path):
 def test_early_end_is_said(picture_files, tmp_path, capfd):
     flags = [*SMALL, "--num_iter", "5", "--min_improvement", "99.999"]
     assert deepstyle.main([*picture_files, str(tmp_path / "a"), *flags]) == 0
-    assert (
-        capfd.readouterr().out.splitlines()[-1]
-        == "stopped: the last iteration improved by less than 99.999 %"
-    )
+    assert capfd.readouterr().out.splitlines()[-1] == "stopped: the last iteration improved by less than 99.999 %"
     flags = [*SMALL, "--style_weight", "0", "--total_variation_weight", "0"]
     assert deepstyle.main([*picture_files, str(tmp_path / "b"), *flags]) == 0
     assert "the optimiser finds no better picture" in capfd.readouterr().out

@@ -74,9 +74,7 @@ def test_parts_add_up_to_the_loss(untrained):
 
 def test_content_picture_has_no_content_loss(untrained):
     content, style, _ = pictures(32, 32)
-    evaluation = deepstyle.Objective(content, style, weights=untrained).evaluate(
-        deepstyle.to_input_space(content)
-    )
+    evaluation = deepstyle.Objective(content, style, weights=untrained).evaluate(deepstyle.to_input_space(content))
     assert evaluation.content == pytest.approx(0, abs=1e-6 * evaluation.style)
 
 

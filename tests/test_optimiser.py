@@ -49,9 +49,7 @@ def test_points_are_those_of_one_uninterrupted_lbfgs():
 
     options = {"ftol": 0, "gtol": 0, "maxfun": 100}
     optimize.minimize(rosen, START.ravel(), jac=True, method="L-BFGS-B", callback=callback, options=options)
-    expected = [
-        next(x for x, n in zip(accepted, evaluations, strict=True) if n >= 20 * i) for i in (1, 2, 3, 4)
-    ]
+    expected = [next(x for x, n in zip(accepted, evaluations, strict=True) if n >= 20 * i) for i in (1, 2, 3, 4)]
 
     points = accepted_points(Rosenbrock(), 4)
     np.testing.assert_array_equal(points[0].x, START)
@@ -164,9 +162,7 @@ def test_min_improvement_stops_a_run_but_never_after_the_first_iteration(untrain
 
 
 def test_seed_decides_the_noise(untrained):
-    a, b, c = (
-        small_run(untrained, num_iter=1, init_image="noise", seed=seed)[0].picture for seed in (1, 1, 2)
-    )
+    a, b, c = (small_run(untrained, num_iter=1, init_image="noise", seed=seed)[0].picture for seed in (1, 1, 2))
     np.testing.assert_array_equal(a, b)
     assert np.any(a != c)
 

@@ -36,7 +36,5 @@ def test_every_shipped_picture_has_its_source():
 
 @pytest.mark.parametrize("check", [["check"], ["format", "--check"]])
 def test_style(check):
-    ended = subprocess.run(
-        [sys.executable, "-m", "ruff", *check, "."], cwd=ROOT, capture_output=True, text=True
-    )
+    ended = subprocess.run([sys.executable, "-m", "ruff", *check, "."], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout

@@ -136,9 +136,7 @@ def test_flags_and_the_programs_status_are_passed_on(clone):
     assert out.endswith("out/ --quiet\n")
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["a"], ["--num_iter", "3"], ["a", "--quiet"], ["a", "b", "c", "d"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["a"], ["--num_iter", "3"], ["a", "--quiet"], ["a", "b", "c", "d"]])
 def test_wrong_number_of_arguments_gets_the_usage(clone, arguments):
     status, out, err, log = run(clone, *arguments)
     assert (status, out, log) == (2, "", "")

