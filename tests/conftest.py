@@ -9,6 +9,7 @@ from PIL import Image
 import deepstyle
 
 IMAGES = Path(__file__).parent.parent / "images"
+SMALL = ["--weights", "random", "--image_size", "32", "--num_iter", "2"]
 
 
 @pytest.fixture(scope="session")

