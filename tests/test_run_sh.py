@@ -156,7 +156,7 @@ def test_the_whole_program_runs_from_any_folder(clone):
     status, out, err, _ = run(clone, *arguments, **environment)
     assert (status, err) == (0, "")
     names = sorted(path.name for path in (clone.parent / "my out").iterdir())
-    assert names == ["result_image_at_iteration_1.png", "result_image_at_iteration_2.png"]
+    assert names == ["result_image_at_iteration_1.png", "result_image_at_iteration_2.png", "result_image_state.npz"]
     assert names[1] in out
     assert Image.open(clone.parent / "my out" / names[1]).size == (47, 32)
     status, _, err, _ = run(clone, "none.jpg", *arguments[1:], **environment)
