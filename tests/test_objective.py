@@ -81,6 +81,14 @@ def test_content_picture_has_no_content_loss(untrained):
     assert evaluation.sum_of("content") == pytest.approx(0, abs=1e-6 * evaluation.sum_of("style"))
 
 
+def test_the_same_x_has_the_same_gradient_bit_for_bit(untrained):
+    # As large as this since TensorFlow reorders sums only where much memory is at stake.
+    content, style, x = pictures(256, 384)
+    objective = deepstyle.Objective(content, style, weights=untrained)
+    gradients = {objective(x)[1].tobytes() for _ in range(10)}
+    assert len(gradients) == 1
+
+
 def test_targets_are_computed_once_and_no_layer_below_the_need_is_built(untrained, monkeypatch):
     content, style, x = pictures(32, 32)
     asked = []
