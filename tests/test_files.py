@@ -208,3 +208,9 @@ def test_a_disk_without_room_is_noticed_before_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(deepstyle.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(deepstyle.UserError, match="1000 bytes free"):
         deepstyle.check_output(tmp_path / "a", [], (32, 32))
+
+
+def test_a_folder_that_may_not_be_written_is_noticed_before_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(deepstyle.os, "access", lambda folder, mode: False)  # root may write everywhere
+    with pytest.raises(deepstyle.UserError, match="no permission"):
+        deepstyle.check_output(tmp_path / "new" / "a", [], (32, 32))

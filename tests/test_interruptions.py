@@ -147,6 +147,23 @@ def test_a_disk_that_fills_during_a_run_is_said_and_resume_works_once_there_is_r
     assert assert_all_files_are_whole(prefix) == done + 2
 
 
+def test_a_run_that_goes_wrong_keeps_the_last_good_picture(picture_files, tmp_path, monkeypatch, capfd):
+    evaluate, calls = deepstyle.Objective.evaluate, []
+
+    def fail_at_last(self, x):
+        calls.append(x)
+        return evaluate(self, x if len(calls) < 30 else np.full_like(x, np.nan))
+
+    monkeypatch.setattr(deepstyle.Objective, "evaluate", fail_at_last)
+    prefix = tmp_path / "a"
+    assert deepstyle.main([*picture_files, str(prefix), *ENDLESS]) == 1
+    assert "loss is no longer finite" in capfd.readouterr().err
+    assert assert_all_files_are_whole(prefix) == 2  # after 20 evaluations, and what the other nine brought
+    with np.load(f"{prefix}_state.npz") as state:
+        assert state["iteration"] == 2
+        assert np.all(np.diff(state["losses"][:, 0]) < 0)
+
+
 def test_two_hundred_iterations_need_no_more_memory_or_files_than_twenty(picture_files, tmp_path):
     prefix = tmp_path / "a"
 

