@@ -13,6 +13,7 @@ optimiser, run.
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -36,6 +37,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import numpy as np
@@ -994,8 +996,7 @@ def as_generator(run: Callable) -> Iterator:
 # --------------------------------------------------------------------------------------- run
 
 
-@dataclasses.dataclass(frozen=True)
-class Iteration:
+class Iteration(NamedTuple):
     """What one iteration brought. The three losses are weighted and add up to `loss`."""
 
     number: int
@@ -1113,12 +1114,13 @@ def progress_bar(console, done: int, settings: Settings) -> Iterator[Callable[[i
     bar = progress.Progress(
         progress.TextColumn("iteration {task.fields[iteration]}"),
         progress.BarColumn(),
-        progress.TextColumn("loss {task.fields[loss]:.4g}, {task.fields[left]} left"),
+        progress.TextColumn("{task.fields[news]}"),
         console=console,
         transient=True,
         disable=console.quiet or not console.is_terminal,
     )
-    task = bar.add_task("", total=EVALUATIONS_PER_ITERATION, iteration="", loss=0, left="")
+    first = f"{done + 1}/{settings.num_iter}"
+    task = bar.add_task("", total=EVALUATIONS_PER_ITERATION, iteration=first, news="getting ready")
     began = time.perf_counter()
 
     def on_evaluation(count: int, loss: float) -> None:
@@ -1126,8 +1128,8 @@ def progress_bar(console, done: int, settings: Settings) -> Iterator[Callable[[i
         left = max(0, (settings.num_iter - done) * EVALUATIONS_PER_ITERATION - count)
         seconds = left * (time.perf_counter() - began) / count
         name = f"{min(done + number + 1, settings.num_iter)}/{settings.num_iter}"
-        time_left = f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
-        bar.update(task, completed=within, iteration=name, loss=loss, left=time_left)
+        news = f"loss {loss:.4g}, {datetime.timedelta(seconds=round(seconds))} left"
+        bar.update(task, completed=within, iteration=name, news=news)
 
     with bar:
         yield on_evaluation
