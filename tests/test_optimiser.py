@@ -144,8 +144,12 @@ def test_ctrl_c_while_the_next_point_is_waited_for_ends_the_run_within_one_evalu
             return super().evaluate(x)
 
     function = Interrupting()
-    with pytest.raises(KeyboardInterrupt):
-        list(deepstyle.minimise(function, START))
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores SIGINT
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(deepstyle.minimise(function, START))
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert len(function.asked) <= 7
     assert "deepstyle-optimiser" not in [thread.name for thread in threading.enumerate()]
 
