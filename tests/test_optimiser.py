@@ -139,6 +139,7 @@ def test_ctrl_c_while_the_next_point_is_waited_for_ends_the_run_within_one_evalu
     class Interrupting(Rosenbrock):
         def evaluate(self, x):
             if len(self.asked) == 5:
+                time.sleep(1)  # until the other thread waits
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(2)  # time enough for the other thread, even on a busy machine
             return super().evaluate(x)
