@@ -1163,9 +1163,10 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     weights, source = load_weights(settings.weights, settings.seed)
     shaped_by = what_shapes(content, style, weights, settings)
     state = read_state(base, shaped_by) if arguments.resume else None
-    done = state.iteration if state else 0
+    done, improvement = state.iteration if state else 0, math.inf
     if done >= settings.num_iter:
-        tell(f"nothing to do: {done} iterations are done; a larger --num_iter goes on from there")
+        if not arguments.quiet:
+            tell(f"nothing to do: {done} iterations are done; a larger --num_iter goes on from there")
         return 0
     try:
         base.parent.mkdir(parents=True, exist_ok=True)

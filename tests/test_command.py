@@ -121,6 +121,9 @@ def test_early_end_is_said(picture_files, tmp_path, capfd):
     assert deepstyle.main([*picture_files, str(tmp_path / "b"), *flags]) == 0
     assert "the optimiser finds no better picture" in capfd.readouterr().out
     assert (tmp_path / "b_at_iteration_1.png").exists()
+    assert deepstyle.main([*picture_files, str(tmp_path / "b"), *flags, "--resume"]) == 0
+    assert "the optimiser finds no better picture" in capfd.readouterr().out
+    assert not (tmp_path / "b_at_iteration_2.png").exists()
 
 
 def test_terminal_gets_a_progress_bar(picture_files, tmp_path):
