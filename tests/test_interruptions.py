@@ -164,18 +164,24 @@ def test_a_run_that_goes_wrong_keeps_the_last_good_picture(picture_files, tmp_pa
         assert np.all(np.diff(state["losses"][:, 0]) < 0)
 
 
-def test_two_hundred_iterations_need_no_more_memory_or_files_than_twenty(picture_files, tmp_path):
+def test_two_hundred_iterations_need_no_more_memory_or_files_than_twenty(picture_files, tmp_path, monkeypatch):
     prefix = tmp_path / "a"
+    # With one arena for each thread, what malloc holds back depends on which threads happened to need most at once.
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
 
     def sample(run):
-        status = Path(f"/proc/{run.pid}/status").read_text()
-        memory = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])
-        return memory, len(os.listdir(f"/proc/{run.pid}/fd"))
+        """The least memory of some moments, for within an evaluation buffers come and go; and the open files."""
+        memory = []
+        for _ in range(100):
+            status = Path(f"/proc/{run.pid}/status").read_text()
+            memory.append(int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]))
+            time.sleep(0.02)
+        return min(memory), len(os.listdir(f"/proc/{run.pid}/fd"))
 
     run = start(picture_files, prefix, *SMALL, "--num_iter", "200", "--quiet")
     wait_for(picture(prefix, 20), run)
     memory, files = sample(run)
-    wait_for(picture(prefix, 198), run)
+    wait_for(picture(prefix, 170), run)
     memory_at_the_end, files_at_the_end = sample(run)
     assert run.wait(timeout=60) == 0
     run.communicate()
