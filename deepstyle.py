@@ -1161,8 +1161,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     check_memory(size)
     check_output(base, [arguments.content, arguments.style, settings.weights], size)
     weights, source = load_weights(settings.weights, settings.seed)
-    shaped_by = what_shapes(content, style, weights, settings)
-    state = read_state(base, shaped_by) if arguments.resume else None
+    state = read_state(base, what_shapes(content, style, weights, settings)) if arguments.resume else None
     done, improvement = state.iteration if state else 0, math.inf
     if done >= settings.num_iter:
         if not arguments.quiet:
