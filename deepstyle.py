@@ -11,6 +11,7 @@ optimiser, run.
 """
 
 import argparse
+import bisect
 import contextlib
 import dataclasses
 import datetime
@@ -101,12 +102,16 @@ class Settings:
     rescale_method: str = setting(
         "bilinear", "the picture", "METHOD", "how to rescale: nearest, bilinear, bicubic or cubic"
     )
+    scales: int = setting(
+        1, "the optimisation", "N", "paint coarse to fine in N sizes, each with twice the rows of the one before"
+    )
     num_iter: int = setting(
         10, "the optimisation", "N", f"iterations; each is {EVALUATIONS_PER_ITERATION} evaluations of loss and gradient"
     )
     min_improvement: float = setting(
         0.0, "the optimisation", "PERCENT", "stop when an iteration improves the loss by less than this; 0: never"
     )
+    history: int = setting(10, "the optimisation", "N", "corrections that L-BFGS keeps")
     seed: int = setting(0, "the optimisation", "N", "for everything random")
     content_weight: float = setting(0.025, "the losses", "W", "weight of the content")
     style_weight: float = setting(1.0, "the losses", "W", "weight of the style")
@@ -124,13 +129,21 @@ class Settings:
         "(default: found in Keras's cache or downloaded)",
     )
 
+    tile: str = setting(
+        "auto", "memory", "auto|off|N", "compute in tiles of at most N x N pixels; auto: if the whole does not fit"
+    )
+    max_memory: float = setting(0.0, "memory", "GB", "use no more than this; 0: all that is free")
+
     def __post_init__(self):
         object.__setattr__(self, "content_layer", layer_name(self.content_layer))
         require_choice("--init_image", self.init_image, ("content", "noise"))
         require_choice("--pool_type", self.pool_type, ("ave", "max"))
         require_choice("--rescale_method", self.rescale_method, RESAMPLING)
+        object.__setattr__(self, "tile", str(self.tile))
+        if self.tile not in ("auto", "off") and not (re.fullmatch("[0-9]+", self.tile) and int(self.tile) >= 16):
+            raise UserError(f"--tile is '{self.tile}'; it must be auto, off, or a number of pixels from 16 on")
         for name, value in vars(self).items():
-            least = 1 if name in ("image_size", "num_iter") else 0
+            least = 1 if name in ("image_size", "num_iter", "scales", "history") else 0
             if isinstance(value, int | float) and not least <= value < math.inf:
                 raise UserError(f"--{name} is {value}; it must be {least} or more, and finite")
 
@@ -261,26 +274,37 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def picture_size(content_shape: tuple[int, ...], settings: Settings) -> tuple[int, int]:
-    """(rows, columns) of the generated picture for a content picture of shape (H, W, 3).
+def picture_sizes(content_shape: tuple[int, ...], settings: Settings) -> list[tuple[int, int]]:
+    """(rows, columns) of the generated picture at each scale, the last being its own, for a content (H, W, 3).
 
-    Raises UserError if either is under 32.
+    Raises UserError if any side is under 32.
     """
-    rows = columns = settings.image_size
-    if settings.maintain_aspect_ratio:
-        columns = rows * content_shape[1] // content_shape[0]
-    if min(rows, columns) < SMALLEST:
+    sizes = []
+    for scale in reversed(range(settings.scales)):
+        rows = columns = settings.image_size >> scale
+        if settings.maintain_aspect_ratio:
+            columns = rows * content_shape[1] // content_shape[0]
+        sizes.append((rows, columns))
+    if min(sizes[0]) < SMALLEST:
         raise UserError(
-            f"the generated picture would have {rows} x {columns} pixels, but needs at least {SMALLEST} on each "
-            "side; raise --image_size, or set --maintain_aspect_ratio False"
+            f"the {'coarsest' if settings.scales > 1 else 'generated'} picture would have "
+            f"{sizes[0][0]} x {sizes[0][1]} pixels, but needs at least {SMALLEST} on each side; raise --image_size, "
+            + ("lower --scales, " if settings.scales > 1 else "")
+            + "or set --maintain_aspect_ratio False"
         )
-    return rows, columns
+    return sizes
 
 
 def resize(picture: np.ndarray, size: tuple[int, int], method: str = "bilinear") -> np.ndarray:
     """picture: (H, W, 3) uint8, resized by Pillow to (rows, columns, 3) uint8."""
     rows, columns = size
     return np.asarray(Image.fromarray(picture).resize((columns, rows), RESAMPLING[method]))
+
+
+def enlarge(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """x: (H, W, 3) float32, resized to (rows, columns, 3) float32 without rounding."""
+    channels = [Image.fromarray(x[..., c]).resize(size[::-1], Image.Resampling.BICUBIC) for c in range(3)]
+    return np.stack(channels, axis=-1)
 
 
 def to_input_space(picture: np.ndarray) -> np.ndarray:
@@ -381,7 +405,8 @@ class State:
 def what_shapes(content: np.ndarray, style: np.ndarray, weights: "Weights", settings: Settings) -> dict:
     """All that decides a run's pictures, in words; runs of which it differs are not to be mixed."""
     decisive = dataclasses.asdict(settings)
-    for name in ("num_iter", "min_improvement", "weights"):  # when to end; the weights count by digest
+    # When to end, and how to compute; the weights count by digest.
+    for name in ("num_iter", "min_improvement", "history", "tile", "max_memory", "weights"):
         del decisive[name]
     shaped_by = {f"--{name}": str(value) for name, value in decisive.items()}
     for name, picture in (("content", content), ("style", style)):
@@ -453,30 +478,95 @@ def check_output(base: Path, inputs: list[str | None], size: tuple[int, int]) ->
         raise UserError(f"the disk of '{folder}' has {free} bytes free, and one iteration needs {needed}")
 
 
-def check_memory(size: tuple[int, int]) -> None:
-    """Raise UserError if the run would need more memory than there is to be had."""
-    # Bytes, fitted to peaks of 1.21, 2.12 and 3.65 GB at 60, 240 and 613 thousand pixels (TensorFlow 2.21 on a CPU):
-    # the libraries and the network, and per pixel the features, their gradients and SciPy's 25 float64 vectors.
-    # With a GPU only the latter and the pictures are in this memory; TensorFlow looks after the GPU's.
-    base, per_pixel = 950_000_000, 700 if shutil.which("nvidia-smi") else 4400
-    needed, free = base + per_pixel * size[0] * size[1], available_memory()
-    if needed > free:
-        factor = math.sqrt(max(0, free - base) / (needed - base))
+class Plan(NamedTuple):
+    """How a picture is computed in the memory that there is."""
+
+    tile: int | None  # pixels of a tile's side at most; None: the whole picture at once
+    history: int  # corrections that L-BFGS keeps
+    needed: float  # bytes at the peak, estimated; on a GPU as well as here
+    free: float
+
+
+def plan_memory(size: tuple[int, int], settings: Settings) -> Plan:
+    """The quickest way to paint a picture of (rows, columns) in the memory that is free.
+
+    Raises UserError if there is none, with the largest size that would fit.
+    """
+    free, gpu_free = free_memory(settings.max_memory)
+
+    def fitting(rows: int) -> Plan | None:
+        at = (rows, rows * size[1] // size[0])
+        for tile, history in ways(at, settings):
+            computing, rest = needed_memory(at, tile, history)
+            needed = rest if gpu_free else computing + rest
+            if needed <= free and (not gpu_free or computing <= gpu_free):
+                return Plan(tile, history, needed, free)
+        return None
+
+    plan = fitting(size[0])
+    if not plan:
+        least = min(sum(needed_memory(size, *way)) for way in ways(size, settings))
+        largest = bisect.bisect_left(range(size[0]), True, key=lambda rows: rows > 0 and not fitting(rows)) - 1
         raise UserError(
-            f"{size[0]} x {size[1]} pixels need about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
-            f"free, enough for --image_size {int(size[0] * factor)}"
+            f"{size[0]} x {size[1]} pixels need {least / 1e9:.1f} GB of memory or more"
+            f"{' (--tile auto may need less)' if settings.tile != 'auto' else ''} and {free / 1e9:.1f} GB are free"
+            f"{f', {gpu_free / 1e9:.1f} GB on the GPU' if gpu_free else ''}, enough for --image_size {largest}"
         )
+    return plan
 
 
-def available_memory() -> int:
-    """Bytes that this process can have: what the machine has free, or less if a cgroup allows less."""
+def ways(size: tuple[int, int], settings: Settings) -> Iterator[tuple[int | None, int]]:
+    """(tile, history) in order of preference.
+
+    Tiles cost time, since their surroundings are computed with them: 2.2 times the whole picture's at 512 pixels, over
+    7 times at 128. So before tiles below 512 pixels fewer corrections are preferred.
+    """
+    fewer = range(settings.history, min(settings.history, 5) - 1, -1)
+    large, small = [None, *range(max(size) // 16 * 16, 496, -16)], range(496, 112, -16)
+    if settings.tile != "auto":
+        large, small = [None if settings.tile == "off" else int(settings.tile)], []
+    for tiles in (large, small):
+        for history in fewer:
+            for tile in tiles:
+                yield tile, history
+
+
+def needed_memory(size: tuple[int, int], tile: int | None, history: int) -> tuple[float, float]:
+    """Bytes that an evaluation takes at its peak, on the GPU if there is one, and all else takes.
+
+    The numbers are fitted to measured peaks on a CPU (TensorFlow 2.21); benchmarks/memory.py compares.
+    """
+    pixels = computed = math.prod(size)
+    if tile:
+        computed = math.prod(
+            max(window.stop - window.start for _, window in cut(length, tile, halo(CHANNELS))) for length in size
+        )
+    computing = 200e6 + 2500 * computed
+    # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, gradient and their copies come on top.
+    rest = 650e6 + 3 * 8 * (2 * history + 5 + 12) * pixels
+    return computing, rest
+
+
+def free_memory(cap: float) -> tuple[float, float]:
+    """Bytes that this process can have, and on the GPU (0 if there is none); each at most `cap` GB unless that is 0.
+
+    It is what the machine has free, or less if a cgroup allows less.
+    """
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with contextlib.suppress(OSError):
         limits.append(int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024)
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
             limits.append(int(Path(path).read_text()))
-    return min(limits)
+    gpu = 0
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+        query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        gpu = int(said.splitlines()[0]) * 2**20
+    if cap:
+        limits.append(cap * 1e9)
+        gpu = min(gpu, cap * 1e9)
+    return min(limits), gpu
 
 
 # ----------------------------------------------------------------------------------- network
@@ -509,12 +599,15 @@ def import_keras():
         # SciPy's own threads would wait busily on the cores that TensorFlow computes on; measured with two cores, an
         # evaluation takes 0.63 of the time without them at 32 rows and 0.97 at 200.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        with silenced_stderr():  # what TensorFlow says before it has read its log level
-            importlib.import_module("keras")
-    keras = sys.modules["keras"]
-    if keras.backend.backend() != "tensorflow":
-        raise UserError(f"Keras is set to {keras.backend.backend()}; set KERAS_BACKEND=tensorflow")
-    return keras
+        try:
+            with silenced_stderr():  # what TensorFlow says before it has read its log level
+                importlib.import_module("keras")
+        except Exception as error:  # a backend that is unknown, not installed, or broken
+            backend = os.environ.get("KERAS_BACKEND")
+            if not backend:
+                raise
+            raise UserError(f"Keras cannot use KERAS_BACKEND={backend}: {error}; unset it for TensorFlow") from error
+    return sys.modules["keras"]
 
 
 @contextlib.contextmanager
@@ -675,7 +768,7 @@ def read_onnx(data: bytes) -> Weights:
     for name, outputs in CHANNELS.items():
         prefix = f"functional_1/{keras_name(name)}_1/"
         kernel = initializer(prefix + "convolution/ReadVariableOp:0", outputs, inputs, 3, 3)
-        bias = initializer(prefix + "Squeeze:0", outputs)
+        bias = initializer(prefix + "Squeeze:0", outputs).copy()  # a view would keep all of `data`
         weights[name], inputs = (np.ascontiguousarray(kernel.transpose(2, 3, 1, 0)), bias), outputs
     return weights
 
@@ -691,40 +784,91 @@ def random_weights(seed: int) -> Weights:
     return weights
 
 
-def features(x, weights: Weights, layers, pool_type: str) -> dict:
-    """VGG16's features of x at `layers`, computed no deeper than the deepest of them.
+def on_device(weights: Weights) -> dict[str, tuple]:
+    """The backend's tensors of each layer: its kernel, that kernel flipped as `convolve` needs it, its bias."""
+    ops = import_keras().ops
+    tensors = {}
+    for name, (kernel, bias) in weights.items():
+        kernel = ops.convert_to_tensor(kernel)
+        tensors[name] = kernel, ops.transpose(ops.flip(kernel, (0, 1)), (0, 1, 3, 2)), ops.convert_to_tensor(bias)
+    return tensors
 
-    x: (H, W, 3) tensor in input space -> {layer: (h, w, C)}, after the ReLU. Each pooling halves
-    the rows and columns, rounding down. "ave" is the paper's choice, "max" the network's own.
+
+def convolve(x, kernel, flipped):
+    """The convolution of x with stride 1 and zero padding. x: (1, H, W, in), kernel: (3, 3, in, out).
+
+    A convolution is a transposed convolution with the kernel flipped in space and its channels swapped, and its
+    gradient is one with the kernel itself. Both are written so because TensorFlow's forward convolution takes a slow
+    path on CPUs for weights that are not constants of the graph: measured at 400 x 533, an evaluation takes 0.7 of the
+    time this way.
+    """
+    ops = import_keras().ops
+    transposed = functools.partial(ops.conv_transpose, strides=1, padding="same", data_format="channels_last")
+
+    @ops.custom_gradient
+    def convolution(x):
+        def gradient(*args, upstream=None):
+            return transposed(args[0] if upstream is None else upstream, kernel)
+
+        return transposed(x, flipped), gradient
+
+    return convolution(x)
+
+
+def features(x, weights: dict[str, tuple], layers, pool_type: str) -> Iterator[tuple]:
+    """VGG16's features of x at `layers`, one layer after another and no deeper than the deepest of them.
+
+    x: (H, W, 3) tensor in input space, weights: from `on_device` -> (layer, (h, w, C)), after the ReLU. Each pooling
+    halves the rows and columns, rounding down. "ave" is the paper's choice, "max" the network's own.
     """
     ops = import_keras().ops
     pool = {"ave": ops.average_pool, "max": ops.max_pool}[pool_type]
-    found, x = {}, x[None]
-    for name, (kernel, bias) in weights.items():
-        if len(found) == len(layers):
+    x = x[None]
+    for name, (kernel, flipped, bias) in weights.items():
+        if name > max(layers, default=""):
             break
         if name.endswith("_1") and name != "conv1_1":
             x = pool(x, 2, strides=2, data_format="channels_last")
-        x = ops.relu(ops.conv(x, kernel, padding="same", data_format="channels_last") + bias)
+        x = ops.relu(convolve(x, kernel, flipped) + bias)
         if name in layers:
-            found[name] = x[0]
-    return found
+            yield name, x[0]
+
+
+def stride(layer: str) -> int:
+    """Pixels from one position of a layer to the next."""
+    return 2 ** (int(layer[4]) - 1)
+
+
+def halo(layers) -> int:
+    """Pixels around a position of the deepest of `layers` that can change its features, in whole strides.
+
+    Each 3 x 3 convolution up to there looks one position further, which is as many pixels as its stride.
+    """
+    deepest = max(layers)
+    reach = sum(stride(name) for name in CHANNELS if name <= deepest)
+    return -(-reach // stride(deepest)) * stride(deepest)
 
 
 # ------------------------------------------------------------------------------------ losses
 
 
-def gram_matrix(f):
-    """G = F^T F over the positions (eq. 3 of the paper). f: (h, w, C) -> (C, C)."""
+def gram_matrix(f, mask=None):
+    """G = F^T F over the positions (eq. 3 of the paper), or those where the mask is 1.
+
+    f: (h, w, C), mask: (h, w, 1) -> (C, C).
+    """
     ops = import_keras().ops
     flat = ops.reshape(f, (-1, f.shape[-1]))
-    return ops.matmul(ops.transpose(flat), flat)
+    own = flat if mask is None else flat * ops.reshape(mask, (-1, 1))
+    # What is asked of G is symmetric, so both factors get the same gradient: one of them, twice, is enough.
+    product = ops.einsum("pc,pd->cd", own, ops.stop_gradient(flat))
+    return 2 * product - ops.stop_gradient(product)
 
 
-def content_loss(f, target):
-    """Sum of squared differences (eq. 1 without its 1/2). f, target: (h, w, C) -> scalar."""
+def content_loss(f, target, mask=None):
+    """Sum of squared differences (eq. 1 without its 1/2). f, target: (h, w, C), mask: (h, w, 1) -> scalar."""
     ops = import_keras().ops
-    return ops.sum(ops.square(f - target))
+    return ops.sum(ops.square(f - target) * (1.0 if mask is None else mask))
 
 
 def style_loss(gram, target, size: int):
@@ -738,15 +882,15 @@ def style_loss(gram, target, size: int):
     return ops.sum(ops.square((target - gram) / (2 * 3 * size)))
 
 
-def total_variation(x):
+def total_variation(x, mask=None):
     """sum ((x[i,j] - x[i+1,j])^2 + (x[i,j] - x[i,j+1])^2)^1.25 over the (H-1) x (W-1) corner.
 
-    x: (H, W, 3) -> scalar. The smoothness prior of Mahendran & Vedaldi 2014, arXiv 1412.0035.
+    x: (H, W, 3), mask: (H, W, 1) -> scalar. The smoothness prior of Mahendran & Vedaldi 2014, arXiv 1412.0035.
     """
     ops = import_keras().ops
     corner = x[:-1, :-1]
     square = ops.square(corner - x[1:, :-1]) + ops.square(corner - x[:-1, 1:])
-    return ops.sum(ops.power(square, 1.25))
+    return ops.sum(ops.power(square, 1.25) * (1.0 if mask is None else mask[:-1, :-1]))
 
 
 # --------------------------------------------------------------------------------- objective
@@ -757,7 +901,7 @@ class Evaluation:
     """The loss at some x, what each part of it adds, weighted, and its gradient."""
 
     parts: dict[str, float]  # "content conv5_2", "style conv1_1" ... "style conv5_1", "total variation"
-    gradient: np.ndarray  # (H, W, 3) float64
+    gradient: np.ndarray | None  # (H, W, 3) float64
 
     @property
     def loss(self) -> float:
@@ -769,8 +913,7 @@ class Evaluation:
 
 
 class Objective:
-    """The loss of a picture, and its gradient, for one content and one style (eq. 7, with the
-    total variation).
+    """The loss of a picture, and its gradient, for one content and one style (eq. 7, with the total variation).
 
     content, style: (H, W, 3) uint8 RGB, of one shape. weights: None for the trained network,
     "random", a file, or what load_weights returned. Calling it with x, (H, W, 3) float in input
@@ -793,24 +936,18 @@ class Objective:
         if content.shape != style.shape or content.ndim != 3 or content.shape[2] != 3:
             raise UserError(f"content {content.shape} and style {style.shape} must be one shape (H, W, 3)")
         require_choice("pool_type", pool_type, ("ave", "max"))
-        if not isinstance(weights, dict):
-            weights, _ = load_weights(weights)
-        ops = import_keras().ops
-        self.weights = {
-            name: (ops.convert_to_tensor(kernel), ops.convert_to_tensor(bias))
-            for name, (kernel, bias) in weights.items()
-        }
+        self.weights = on_device(weights if isinstance(weights, dict) else load_weights(weights)[0])
         self.pool_type = pool_type
+        self.size = content.shape[:2]
         self.content_weight = content_weight
         self.style_weight = style_weight * style_scale / len(STYLE_LAYERS)
         self.total_variation_weight = total_variation_weight
         # A loss of no weight needs no layers.
-        content_layers = (layer_name(content_layer),) if content_weight else ()
-        style_layers = STYLE_LAYERS if self.style_weight else ()
-        self.content_targets = self._features(to_input_space(content), content_layers)
-        style_features = self._features(to_input_space(style), style_layers)
-        self.style_targets = {name: gram_matrix(f) for name, f in style_features.items()}
-        self._parts_and_gradient = parts_and_gradient(self._parts)
+        self.content_layers = (layer_name(content_layer),) if content_weight else ()
+        self.style_layers = STYLE_LAYERS if self.style_weight else ()
+        self._differentiated = parts_and_gradient(self._parts)
+        self.content_targets = self._content_features(to_input_space(content))
+        self.style_targets = self._grams(to_input_space(style))
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         evaluation = self.evaluate(x)
@@ -818,63 +955,201 @@ class Objective:
 
     def evaluate(self, x: np.ndarray) -> Evaluation:
         """What calling does, with the loss's parts. Raises UserError, status 1, if they are not finite."""
-        x = np.asarray(x, np.float32)
-        values, gradient = self._parts_and_gradient(x)
-        evaluation = Evaluation(values, np.asarray(gradient, np.float64))
+        evaluation = Evaluation(*self._parts_and_gradient(x, self._differentiated))
         if not (math.isfinite(evaluation.loss) and np.isfinite(evaluation.gradient).all()):
             raise UserError(f"the {self._part_gone_wrong(x)} loss is no longer finite; lower its weight", status=1)
         return evaluation
 
-    def _features(self, x, layers) -> dict:
+    def _features(self, x, layers) -> Iterator[tuple]:
         return features(x, self.weights, layers, self.pool_type)
 
-    def _parts(self, x) -> dict:
-        """x: (H, W, 3) float32 tensor -> {name: weighted loss}."""
-        found = self._features(x, {*self.content_targets, *self.style_targets})
-        size = x.shape[0] * x.shape[1]
+    def _content_features(self, x: np.ndarray) -> dict:
+        return dict(self._features(x, self.content_layers))
+
+    def _grams(self, x: np.ndarray) -> dict:
+        return {name: gram_matrix(f) for name, f in self._features(x, self.style_layers)}
+
+    def _parts(self, x, content_targets: dict, elsewhere: dict, masks: dict) -> dict:
+        """What the positions in `masks` add, each part weighted: {name: loss}. No mask means everywhere.
+
+        x: (H, W, 3) float32 tensor. With `elsewhere`, each Gram matrix of all positions, a style loss is of those.
+        """
+        found = dict(self._features(x, {*self.content_layers, *self.style_layers}))
         parts = {}
-        for name, target in self.content_targets.items():
-            parts[f"content {name}"] = self.content_weight * content_loss(found[name], target)
+        for name, target in content_targets.items():
+            loss = content_loss(found[name], target, masks.get(name))
+            parts[f"content {name}"] = self.content_weight * loss
         for name, target in self.style_targets.items():
-            parts[f"style {name}"] = self.style_weight * style_loss(gram_matrix(found[name]), target, size)
+            gram = gram_matrix(found[name], masks.get(name))
+            if elsewhere:
+                # The value is the whole picture's, the gradient that of these positions.
+                gram = elsewhere[name] + gram - import_keras().ops.stop_gradient(gram)
+            parts[f"style {name}"] = self.style_weight * style_loss(gram, target, math.prod(self.size))
         if self.total_variation_weight:
-            parts["total variation"] = self.total_variation_weight * total_variation(x)
+            parts["total variation"] = self.total_variation_weight * total_variation(x, masks.get("picture"))
         return parts
+
+    def _parts_and_gradient(self, x: np.ndarray, differentiated: Callable) -> tuple[dict[str, float], np.ndarray]:
+        values, gradient = differentiated(np.asarray(x, np.float32), self.content_targets, {}, {})
+        return values, np.asarray(gradient, np.float64)
 
     def _part_gone_wrong(self, x: np.ndarray) -> str:
         """The name of the part whose value or gradient is not finite, each computed alone."""
-        for name in self._parts_and_gradient(x)[0]:
-            values, gradient = parts_and_gradient(lambda x, name=name: {name: self._parts(x)[name]})(x)
+        for name in self._parts_and_gradient(x, self._differentiated)[0]:
+            alone = parts_and_gradient(lambda *given, name=name: {name: self._parts(*given)[name]})
+            values, gradient = self._parts_and_gradient(x, alone)
             if not (math.isfinite(values[name]) and np.isfinite(gradient).all()):
                 return name
         return "summed"
 
 
-def parts_and_gradient(parts: Callable) -> Callable:
-    """Compile parts(x) -> {name: scalar} into x -> ({name: float}, gradient of their sum).
+class Tile(NamedTuple):
+    """A part of the picture that is computed at a time: its own pixels, and with what is around them."""
 
-    The only code that knows how the backend differentiates.
+    own: tuple[slice, slice]
+    window: tuple[slice, slice]
+
+    def at(self, stride: int) -> tuple[tuple[slice, slice], tuple[slice, slice], tuple[slice, slice]]:
+        """Own positions, own positions counted from the window's first, and the window, at a layer of this stride."""
+        own, window = (
+            [slice(part.start // stride, part.stop // stride) for part in parts] for parts in (self.own, self.window)
+        )
+        within = (slice(o.start - w.start, o.stop - w.start) for o, w in zip(own, window, strict=True))
+        return tuple(own), tuple(within), tuple(window)
+
+    def mask(self, stride: int) -> np.ndarray:
+        """(h, w, 1) float32 over the window: 1 where a position is the tile's own, 0 elsewhere."""
+        _, within, window = self.at(stride)
+        mask = np.zeros([part.stop - part.start for part in window] + [1], np.float32)
+        mask[within] = 1
+        return mask
+
+
+def cut(length: int, tile: int, halo: int) -> list[tuple[slice, slice]]:
+    """(own, window) of the tiles along a side: as few as can be with at most `tile` pixels, about equal.
+
+    Own parts start at multiples of 16, where every pooling does. A window reaches `halo` beyond its own part, but is
+    moved so that it ends at the picture's border where it would cross it: padding with zeros is for that border only.
+    So windows have at most two lengths, and the backend at most two by two shapes to compile.
     """
+    own = -(-length // math.ceil(length / (tile // 16 * 16)) // 16) * 16
+    last = max(0, (length - own - 2 * halo) // 16 * 16)
+    cuts = []
+    for start in range(0, length, own):
+        first = min(max(0, start - halo), last)
+        end = length if first == last else first + own + 2 * halo
+        cuts.append((slice(start, min(start + own, length)), slice(first, end)))
+    return cuts
+
+
+class TiledObjective(Objective):
+    """The same loss and gradient as Objective's, computed tile by tile in bounded memory.
+
+    A Gram matrix is a sum over positions. So the tiles' Gram matrices add up to the picture's, from which the style
+    losses follow, and each tile's gradient adds to the picture's where its window is. tile: pixels of a side at most,
+    a multiple of 16.
+    """
+
+    def __init__(self, content: np.ndarray, style: np.ndarray, *, tile: int, **options):
+        self.tile = tile
+        super().__init__(content, style, **options)
+
+    def _tiles(self, layers) -> Iterator[Tile]:
+        for rows in cut(self.size[0], self.tile, halo(layers)):
+            for columns in cut(self.size[1], self.tile, halo(layers)):
+                yield Tile(*zip(rows, columns, strict=True))
+
+    def _content_features(self, x: np.ndarray) -> dict:
+        found = {}
+        for name in self.content_layers:
+            found[name] = np.empty([length // stride(name) for length in self.size] + [CHANNELS[name]], np.float32)
+            for tile in self._tiles([name]):
+                own, within, _ = tile.at(stride(name))
+                found[name][own] = dict(self._features(np.float32(x[tile.window]), [name]))[name][within]
+        return found
+
+    def _grams(self, x: np.ndarray) -> dict:
+        totals = {name: np.zeros((CHANNELS[name], CHANNELS[name])) for name in self.style_layers}
+        for tile in self._tiles(self.style_layers or STYLE_LAYERS):
+            for name, f in self._features(np.float32(x[tile.window]), self.style_layers):
+                totals[name] += gram_matrix(f, tile.mask(stride(name)))
+        return {name: np.float32(total) for name, total in totals.items()}
+
+    def _parts_and_gradient(self, x: np.ndarray, differentiated: Callable) -> tuple[dict[str, float], np.ndarray]:
+        grams, totals, gradient = self._grams(x), {}, np.zeros(x.shape)
+        layers = (*self.content_layers, *self.style_layers)
+        for tile in self._tiles(layers or STYLE_LAYERS):
+            targets = {name: target[tile.at(stride(name))[2]] for name, target in self.content_targets.items()}
+            masks = {name: tile.mask(stride(name)) for name in layers} | {"picture": tile.mask(1)}
+            values, part = differentiated(np.float32(x[tile.window]), targets, grams, masks)
+            gradient[tile.window] += part
+            for name, value in values.items():
+                totals[name] = value if name.startswith("style") else totals.get(name, 0.0) + value
+        return totals, gradient
+
+
+def parts_and_gradient(parts: Callable) -> Callable:
+    """Compile parts(x, ...) -> {name: scalar} into (x, ...) -> ({name: float}, gradient of their sum by x).
+
+    x and what comes behind it are arrays, or dicts of arrays. The only code that knows how a backend differentiates.
+    """
+    keras = import_keras()
+
+    def summed(x, *given):
+        values = parts(x, *given)
+        return sum(values.values(), keras.ops.zeros(())), values
+
+    compiled = {"tensorflow": with_tensorflow, "jax": with_jax, "torch": with_torch}[keras.backend.backend()](summed)
+
+    def evaluate(*given) -> tuple[dict[str, float], np.ndarray]:
+        values, gradient = compiled(*keras.tree.map_structure(keras.ops.convert_to_tensor, given))
+        return {name: float(value) for name, value in values.items()}, keras.ops.convert_to_numpy(gradient)
+
+    return evaluate
+
+
+def with_tensorflow(summed: Callable) -> Callable:
     import tensorflow as tf
 
     if not tf.config.list_physical_devices("GPU"):
         # TensorFlow's graph optimiser makes some sums of gradients add in the order of arrival, so that pictures
         # would differ from run to run. It brings no speed here: measured, 1.0 of the time without it.
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    tf.get_logger().setLevel("ERROR")  # it warns of several shapes, one for each kind of tile
 
     @tf.function(autograph=False)
-    def compiled(x):
+    def compiled(x, *given):
         with tf.GradientTape() as tape:
             tape.watch(x)
-            values = parts(x)
-            loss = sum(values.values(), tf.zeros(()))
+            loss, values = summed(x, *given)
         return values, tape.gradient(loss, x, unconnected_gradients="zero")
 
-    def evaluate(x: np.ndarray):
-        values, gradient = compiled(tf.convert_to_tensor(x))
-        return {name: float(value) for name, value in values.items()}, gradient.numpy()
+    return compiled
 
-    return evaluate
+
+def with_jax(summed: Callable) -> Callable:
+    import jax
+
+    differentiated = jax.jit(jax.value_and_grad(summed, has_aux=True))
+
+    def compiled(*given):
+        (_, values), gradient = differentiated(*given)
+        return values, gradient
+
+    return compiled
+
+
+def with_torch(summed: Callable) -> Callable:
+    import torch
+
+    def compiled(x, *given):
+        x = x.detach().requires_grad_()
+        loss, values = summed(x, *given)
+        if not loss.requires_grad:  # every weight is 0
+            return values, torch.zeros_like(x)
+        return values, torch.autograd.grad(loss, x)[0]
+
+    return compiled
 
 
 # --------------------------------------------------------------------------------- optimiser
@@ -882,10 +1157,11 @@ def parts_and_gradient(parts: Callable) -> Callable:
 
 @dataclasses.dataclass(frozen=True)
 class Accepted:
-    """A point that the optimiser accepted, with what its evaluation gave."""
+    """A point that the optimiser accepted, with its evaluation less the gradient, and their number so far."""
 
     x: np.ndarray  # (H, W, 3) float64 in input space
     evaluation: Evaluation
+    count: int
 
 
 def minimise(
@@ -893,6 +1169,7 @@ def minimise(
     start: np.ndarray,
     on_evaluation: Callable[[int, float], None] = lambda count, loss: None,
     stop: Callable[[], bool] = lambda: False,
+    history: int = Settings.history,
 ) -> Iterator[Accepted]:
     """The start, then the accepted point after every 20 evaluations, until the caller has had enough.
 
@@ -900,15 +1177,19 @@ def minimise(
     loss of the latest. When `stop()` is true before an evaluation, or one fails, what has been accepted
     since the last point is handed over as a last one.
 
-    SciPy's L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995) runs once for the whole job, so that what it has learnt of
-    the curvature survives from one iteration to the next, and with its own convergence tests off. When it
-    gives up on a line search, as noise in float32 can make it, it is started again from where it is. It
+    SciPy's L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995) with `history` corrections runs once for the whole job, so that
+    what it has learnt of the curvature survives from one iteration to the next, and with its own convergence tests
+    off. When it gives up on a line search, as noise in float32 can make it, it is started again from where it is. It
     ends by itself only when that has brought nothing twice in a row.
     """
     from scipy import optimize
 
     def run(hand_over: Callable[[Accepted], None], closed: threading.Event) -> None:
         count, iterations, latest, accepted, handed = 0, 0, None, None, None
+
+        def accept(flat: np.ndarray) -> Accepted:
+            # Without the gradient, which is as large as the picture.
+            return Accepted(flat.reshape(start.shape).copy(), dataclasses.replace(latest, gradient=None), count)
 
         def evaluate(flat: np.ndarray) -> tuple[float, np.ndarray]:
             nonlocal count, latest, accepted
@@ -918,7 +1199,7 @@ def minimise(
             count += 1
             on_evaluation(count, latest.loss)
             if count == 1:
-                accepted = Accepted(flat.reshape(start.shape).copy(), latest)
+                accepted = accept(flat)
                 hand_over(accepted)
             return latest.loss, latest.gradient.ravel()
 
@@ -926,13 +1207,13 @@ def minimise(
             # SciPy has accepted a point. The line search stops at the point that it accepts, so the latest
             # evaluation is that point's.
             nonlocal accepted, handed, iterations
-            accepted = Accepted(intermediate_result.x.reshape(start.shape).copy(), latest)
+            accepted = accept(intermediate_result.x)
             if count >= (iterations + 1) * EVALUATIONS_PER_ITERATION:
-                iterations, handed = iterations + 1, accepted
+                iterations, handed = iterations + 1, count
                 hand_over(accepted)
 
         def solve(flat: np.ndarray):
-            options = {"ftol": 0, "gtol": 0, "maxiter": sys.maxsize, "maxfun": sys.maxsize}
+            options = {"ftol": 0, "gtol": 0, "maxiter": sys.maxsize, "maxfun": sys.maxsize, "maxcor": history}
             return optimize.minimize(evaluate, flat, jac=True, method="L-BFGS-B", callback=callback, options=options)
 
         try:
@@ -942,7 +1223,7 @@ def minimise(
                 fruitless = 0 if again.fun < result.fun else fruitless + 1
                 result = again
         finally:
-            if accepted is not handed:
+            if accepted and accepted.count != handed:
                 hand_over(accepted)
 
     return as_generator(run)
@@ -1027,31 +1308,39 @@ def paint(
     style: np.ndarray,
     settings: Settings,
     weights: Weights,
+    plan: Plan | None = None,
     state: State | None = None,
-    **watching: Callable,
+    on_evaluation: Callable[[tuple[int, int], int, float], None] = lambda size, count, loss: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Iteration]:
-    """`stylize` for settings and weights that are at hand, going on from `state` if there is one.
+    """`stylize` for settings, weights and maybe a plan that are at hand, going on from `state` if there is one.
 
-    `watching` may have `on_evaluation` and `stop`, as `minimise` takes them.
+    `on_evaluation` is told the size that is painted, and what `minimise` tells; `stop` is as there.
     """
-    size = picture_size(content.shape, settings)
-    small_content = resize(content, size)
-    names = ("pool_type", "content_layer", "content_weight", "style_weight", "style_scale", "total_variation_weight")
-    chosen = {name: getattr(settings, name) for name in names}
-    objective = Objective(small_content, resize(style, size), weights=weights, **chosen)
-    start = to_input_space(small_content)
-    if settings.init_image == "noise":
-        start = np.random.default_rng(settings.seed).uniform(0, 255, start.shape) - MEAN_BGR
     shaped_by = state.shaped_by if state else what_shapes(content, style, weights, settings)
     losses = list(state.losses) if state else []
+    *coarser, size = picture_sizes(content.shape, settings)
+    plan = plan or plan_memory(size, settings)
+
+    def points(size: tuple[int, int], start: np.ndarray) -> Iterator[Accepted]:
+        objective = objective_at(size, content, style, settings, weights, plan.tile)
+        watch = functools.partial(on_evaluation, size)
+        return contextlib.closing(minimise(objective, start, watch, stop, plan.history))
+
+    x = state.x if state else start_picture(content, [*coarser, size][0], settings)
+    if not state:
+        for coarse, finer in itertools.pairwise([*coarser, size]):
+            with points(coarse, x) as found:
+                for accepted in itertools.islice(found, settings.num_iter + 1):
+                    x = accepted.x
+            x = enlarge(np.float32(x), finer)
     clock = time.perf_counter()
-    with contextlib.closing(minimise(objective, state.x if state else start, **watching)) as points:
-        first = next(points)
+    with points(size, x) as found:
         if not state:
-            losses.append(loss_row(first.evaluation))
-        for accepted in points:
-            if state and accepted is first:
-                return  # stopped before it could better what is saved already
+            losses.append(loss_row(next(found).evaluation))
+        for accepted in found:
+            if state and accepted.count == 1:
+                continue  # it is what was saved already
             losses.append(loss_row(accepted.evaluation))
             number, (before, loss) = len(losses) - 1, (losses[-2][0], losses[-1][0])
             improvement = 100 * (before - loss) / before if before else 0.0
@@ -1066,6 +1355,30 @@ def paint(
             clock = time.perf_counter()
             if number >= settings.num_iter or is_enough(number, improvement, settings):
                 return
+
+
+def objective_at(
+    size: tuple[int, int],
+    content: np.ndarray,
+    style: np.ndarray,
+    settings: Settings,
+    weights: Weights,
+    tile: int | None,
+) -> Objective:
+    """The objective for both pictures resized to (rows, columns), whole or in tiles."""
+    names = ("pool_type", "content_layer", "content_weight", "style_weight", "style_scale", "total_variation_weight")
+    options = {name: getattr(settings, name) for name in names} | {"weights": weights}
+    pictures = resize(content, size), resize(style, size)
+    if tile and tile < max(size):
+        return TiledObjective(*pictures, tile=tile, **options)
+    return Objective(*pictures, **options)
+
+
+def start_picture(content: np.ndarray, size: tuple[int, int], settings: Settings) -> np.ndarray:
+    """(rows, columns, 3) float in input space."""
+    if settings.init_image == "noise":
+        return np.random.default_rng(settings.seed).uniform(0, 255, (*size, 3)) - MEAN_BGR
+    return to_input_space(resize(content, size))
 
 
 def loss_row(evaluation: Evaluation) -> list[float]:
@@ -1085,12 +1398,19 @@ def tell(message: str) -> None:
 
 def describe_device() -> str:
     """The processor that Keras's backend computes on, in words."""
-    import tensorflow as tf
+    keras = import_keras()
+    devices = keras.distribution.list_devices()
+    kind = f"{os.cpu_count()} CPU cores" if devices[0].startswith("cpu") else devices[0]
+    return f"{kind} with {keras.backend.backend()}"
 
-    gpus = tf.config.list_physical_devices("GPU")
-    if gpus:
-        return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "a GPU")
-    return f"the CPU ({os.cpu_count()} cores)"
+
+def describe_plan(size: tuple[int, int], plan: Plan, settings: Settings) -> str:
+    """How and in how much memory the picture is computed."""
+    way = f"in tiles of at most {plan.tile} pixels" if plan.tile and plan.tile < max(size) else "as a whole"
+    said = f"{way}, with about {plan.needed / 1e9:.1f} GB of memory of {plan.free / 1e9:.1f} GB free"
+    if plan.history < settings.history:
+        said += f"; for lack of it L-BFGS keeps {plan.history} corrections instead of {settings.history}"
+    return said
 
 
 def describe_iteration(iteration: Iteration, settings: Settings, path: Path) -> str:
@@ -1104,32 +1424,33 @@ def describe_iteration(iteration: Iteration, settings: Settings, path: Path) -> 
 
 
 @contextlib.contextmanager
-def progress_bar(console, done: int, settings: Settings) -> Iterator[Callable[[int, float], None]]:
-    """A bar for the evaluations of one iteration, and the function that moves it (`on_evaluation`).
+def progress_bar(console, done: int, size: tuple[int, int], settings: Settings) -> Iterator[Callable]:
+    """A bar for the evaluations of one iteration, and the function that moves it (`on_evaluation` of `paint`).
 
     On anything but a terminal it shows nothing.
     """
     from rich import progress
 
     bar = progress.Progress(
-        progress.TextColumn("iteration {task.fields[iteration]}"),
+        progress.TextColumn("{task.description}"),
         progress.BarColumn(),
         progress.TextColumn("{task.fields[news]}"),
         console=console,
         transient=True,
         disable=console.quiet or not console.is_terminal,
     )
-    first = f"{done + 1}/{settings.num_iter}"
-    task = bar.add_task("", total=EVALUATIONS_PER_ITERATION, iteration=first, news="getting ready")
-    began = time.perf_counter()
+    task = bar.add_task("getting ready", total=EVALUATIONS_PER_ITERATION, news="")
+    began = {}
 
-    def on_evaluation(count: int, loss: float) -> None:
+    def on_evaluation(at: tuple[int, int], count: int, loss: float) -> None:
+        begun = began.setdefault(at, time.perf_counter())  # after the first evaluation, which has to compile
+        before, where = (done, "") if at == size else (0, f"{at[0]} x {at[1]}: ")
         number, within = divmod(count, EVALUATIONS_PER_ITERATION)
-        left = max(0, (settings.num_iter - done) * EVALUATIONS_PER_ITERATION - count)
-        seconds = left * (time.perf_counter() - began) / count
-        name = f"{min(done + number + 1, settings.num_iter)}/{settings.num_iter}"
-        news = f"loss {loss:.4g}, {datetime.timedelta(seconds=round(seconds))} left"
-        bar.update(task, completed=within, iteration=name, news=news)
+        name = f"{where}iteration {min(before + number + 1, settings.num_iter)}/{settings.num_iter}"
+        left = max(0, (settings.num_iter - before) * EVALUATIONS_PER_ITERATION - count)
+        seconds = left * (time.perf_counter() - begun) / max(1, count - 1)
+        news = f"loss {loss:.4g}" + (f", {datetime.timedelta(seconds=round(seconds))} left" if count > 1 else "")
+        bar.update(task, completed=within, description=name, news=news)
 
     with bar:
         yield on_evaluation
@@ -1157,8 +1478,8 @@ def signals_as_wishes() -> Iterator[list[int]]:
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """The command: check everything, paint, show and save each iteration. Returns the exit status."""
     content, style = (read_input(path, arguments) for path in (arguments.content, arguments.style))
-    size, base = picture_size(content.shape, settings), base_path(arguments.prefix)
-    check_memory(size)
+    (*coarser, size), base = picture_sizes(content.shape, settings), base_path(arguments.prefix)
+    plan = plan_memory(size, settings)
     check_output(base, [arguments.content, arguments.style, settings.weights], size)
     weights, source = load_weights(settings.weights, settings.seed)
     state = read_state(base, what_shapes(content, style, weights, settings)) if arguments.resume else None
@@ -1181,10 +1502,11 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         console.print(f"going on after iteration {done}" if state else "there is nothing to resume: a new run")
     import_keras()
     console.print(f"painting {size[0]} x {size[1]} pixels on {describe_device()}; {source}")
-    with signals_as_wishes() as received, progress_bar(console, done, settings) as on_evaluation:
-        iterations = paint(
-            content, style, settings, weights, state, on_evaluation=on_evaluation, stop=lambda: bool(received)
-        )
+    console.print(describe_plan(size, plan, settings))
+    if coarser and not state:
+        console.print("first " + ", then ".join(f"{rows} x {columns}" for rows, columns in coarser) + " pixels")
+    with signals_as_wishes() as received, progress_bar(console, done, size, settings) as on_evaluation:
+        iterations = paint(content, style, settings, weights, plan, state, on_evaluation, stop=lambda: bool(received))
         with contextlib.closing(iterations):
             for iteration in iterations:
                 console.print(describe_iteration(iteration, settings, save(iteration, base)))

@@ -83,8 +83,9 @@ def test_a_run_writes_one_picture_per_iteration_and_says_what_it_did(picture_fil
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0
     assert ended.stderr == ""  # none of TensorFlow's chatter
-    first, *lines = ended.stdout.splitlines()
-    assert re.fullmatch(r"painting 32 x 42 pixels on the CPU \(\d+ cores?\); RANDOM weights, untrained.*", first)
+    first, second, *lines = ended.stdout.splitlines()
+    assert re.fullmatch(r"painting 32 x 42 pixels on \d+ CPU cores with tensorflow; RANDOM weights, untrained.*", first)
+    assert re.fullmatch(r"as a whole, with about [\d.]+ GB of memory of [\d.]+ GB free", second)
     number = r"[-+.e\d]+"
     for n, line in enumerate(lines, 1):
         path = tmp_path / "new folder" / f"a_at_iteration_{n}.png"

@@ -175,35 +175,6 @@ def test_metadata_of_the_inputs_does_not_reach_the_outputs(picture_files, tmp_pa
         assert len(picture.getexif()) == 0
 
 
-def test_memory_is_the_least_of_what_machine_and_cgroup_allow(monkeypatch):
-    files = {"/proc/meminfo": "MemTotal: 99 kB\nMemAvailable:    2000 kB\n", "/sys/fs/cgroup/memory.max": "max\n"}
-
-    def read_text(path):
-        if str(path) in files:
-            return files[str(path)]
-        raise FileNotFoundError
-
-    monkeypatch.setattr(deepstyle.Path, "read_text", read_text)
-    assert deepstyle.available_memory() == 2_048_000
-    files["/sys/fs/cgroup/memory.max"] = "1000000\n"
-    assert deepstyle.available_memory() == 1_000_000
-
-
-def test_a_run_that_does_not_fit_in_memory_is_refused_with_the_size_that_does(picture_files, tmp_path, monkeypatch):
-    monkeypatch.setattr(deepstyle, "available_memory", lambda: 2_000_000_000)
-    monkeypatch.setattr(deepstyle.shutil, "which", lambda name: None)
-    with pytest.raises(deepstyle.UserError, match=r"need about .* GB of memory and 2\.0 GB are free") as caught:
-        deepstyle.check_memory((4000, 3000))
-    rows = int(str(caught.value).split("--image_size ")[1])
-    deepstyle.check_memory((rows, rows * 3 // 4))
-    with pytest.raises(deepstyle.UserError):
-        deepstyle.check_memory((rows + 4, rows * 3 // 4 + 3))
-    monkeypatch.setattr(deepstyle.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    deepstyle.check_memory((1200, 900))  # what the GPU holds is not counted
-    with pytest.raises(deepstyle.UserError):
-        deepstyle.check_memory((1200, 9000))
-
-
 def test_a_disk_without_room_is_noticed_before_the_start(tmp_path, monkeypatch):
     deepstyle.check_output(tmp_path / "a", [], (32, 32))
     monkeypatch.setattr(deepstyle.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))

@@ -96,9 +96,9 @@ def test_targets_are_computed_once_and_no_layer_below_the_need_is_built(untraine
 
     def spy(x, weights, layers, pool_type):
         asked.append(set(layers))
-        found = features(x, weights, layers, pool_type)
+        found = dict(features(x, weights, layers, pool_type))
         assert set(found) == set(layers)
-        return found
+        return iter(found.items())
 
     monkeypatch.setattr(deepstyle, "features", spy)
     objective = deepstyle.Objective(content, style, weights=untrained)
@@ -107,8 +107,8 @@ def test_targets_are_computed_once_and_no_layer_below_the_need_is_built(untraine
     # One each for the targets, and one tracing of the loss that three evaluations share.
     assert asked == [{"conv5_2"}, set(deepstyle.STYLE_LAYERS), {"conv5_2", *deepstyle.STYLE_LAYERS}]
     shallow = {name: objective.weights[name] for name in ("conv1_1", "conv1_2", "conv2_1")}
-    shallow["conv2_2"] = (None, None)  # not to be computed
-    assert set(features(deepstyle.to_input_space(content), shallow, ["conv2_1"], "ave")) == {"conv2_1"}
+    shallow["conv2_2"] = (None, None, None)  # not to be computed
+    assert set(dict(features(deepstyle.to_input_space(content), shallow, ["conv2_1"], "ave"))) == {"conv2_1"}
 
 
 def test_pictures_of_different_shapes_are_refused(untrained):

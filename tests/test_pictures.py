@@ -57,10 +57,27 @@ def test_columns_follow_from_the_content_picture(height, width, rows, keep):
     settings = Settings(image_size=rows, maintain_aspect_ratio=keep)
     expected = (rows, int(rows * width / height) if keep else rows)
     if min(expected) >= 32:
-        assert deepstyle.picture_size((height, width, 3), settings) == expected
+        assert deepstyle.picture_sizes((height, width, 3), settings) == [expected]
     else:
         with pytest.raises(deepstyle.UserError, match="at least 32"):
-            deepstyle.picture_size((height, width, 3), settings)
+            deepstyle.picture_sizes((height, width, 3), settings)
+
+
+def test_each_scale_has_twice_the_rows_of_the_one_before():
+    settings = Settings(image_size=201, scales=3)
+    assert deepstyle.picture_sizes((300, 450, 3), settings) == [(50, 75), (100, 150), (201, 301)]
+    with pytest.raises(deepstyle.UserError, match=r"the coarsest picture would have 25 x 37 .*lower --scales"):
+        deepstyle.picture_sizes((300, 450, 3), Settings(image_size=201, scales=4))
+
+
+def test_enlarging_keeps_fractions_and_values_beyond_the_range():
+    x = np.random.default_rng(0).normal(0, 300, (5, 7, 3)).astype(np.float32)
+    larger = deepstyle.enlarge(x, (10, 14))
+    assert larger.shape == (10, 14, 3)
+    assert larger.dtype == np.float32
+    np.testing.assert_allclose(larger.mean((0, 1)), x.mean((0, 1)), atol=25)
+    assert np.ptp(larger) > 255
+    np.testing.assert_allclose(deepstyle.enlarge(np.full((5, 7, 3), 0.25, np.float32), (10, 14)), 0.25)
 
 
 def test_resizing_is_pillows_bilinear():

@@ -31,7 +31,7 @@ def test_the_weights_are_those_of_vgg16(trained):
 def test_style_loss_falls_twentyfold_in_three_iterations(trained):
     content, style = (deepstyle.read_picture(str(IMAGES / name))[0] for name in ("rocket.jpg", "composition_viii.jpg"))
     settings = deepstyle.Settings(image_size=128, num_iter=3)
-    size = deepstyle.picture_size(content.shape, settings)
+    size = deepstyle.picture_sizes(content.shape, settings)[-1]
     small = deepstyle.resize(content, size)
     before = deepstyle.Objective(small, deepstyle.resize(style, size), weights=trained).evaluate(
         deepstyle.to_input_space(small)

@@ -1,0 +1,172 @@
+"""Pictures of any size in bounded memory: tiles that change nothing, and the plan that chooses them."""
+
+import numpy as np
+import pytest
+from conftest import smooth_picture
+
+import deepstyle
+from deepstyle import Settings
+
+GB = 10**9
+
+
+def both(untrained, rows, columns, tile, **options):
+    """The whole and the tiled objective, and a picture to try them on."""
+    content, style = smooth_picture(1, rows, columns), smooth_picture(2, rows, columns)
+    whole = deepstyle.Objective(content, style, weights=untrained, **options)
+    tiled = deepstyle.TiledObjective(content, style, weights=untrained, tile=tile, **options)
+    x = deepstyle.to_input_space(content) + np.random.default_rng(3).normal(0, 20, content.shape)
+    return whole, tiled, x
+
+
+def assert_same(whole, tiled, x):
+    expected, got = whole.evaluate(x), tiled.evaluate(x)
+    assert got.parts == pytest.approx(expected.parts, rel=1e-5)
+    assert got.gradient.dtype == np.float64
+    assert np.linalg.norm(got.gradient - expected.gradient) <= 2e-6 * np.linalg.norm(expected.gradient)
+
+
+@pytest.mark.parametrize(("rows", "columns", "tile"), [(227, 40, 48), (35, 230, 32), (187, 186, 96)])
+@pytest.mark.parametrize("pool_type", ["ave", "max"])
+def test_tiles_change_neither_loss_nor_gradient(untrained, rows, columns, tile, pool_type):
+    whole, tiled, x = both(untrained, rows, columns, tile, pool_type=pool_type)
+    assert len(list(tiled._tiles(["conv5_2"]))) > 1
+    assert_same(whole, tiled, x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"content_layer": "conv5_3"},
+        {"content_layer": "conv2_2"},
+        {"style_weight": 0},
+        {"content_weight": 0, "total_variation_weight": 0},
+    ],
+    ids=str,
+)
+def test_tiles_are_exact_for_any_layers_in_use(untrained, options):
+    assert_same(*both(untrained, 230, 36, 32, **options))
+
+
+def test_a_halo_one_position_smaller_would_be_wrong(untrained, monkeypatch):
+    whole, tiled, x = both(untrained, 230, 36, 32, content_weight=10.0)
+    halo = deepstyle.halo
+    assert [halo([name]) for name in ("conv1_1", "conv2_1", "conv4_3", "conv5_1", "conv5_3")] == [1, 4, 48, 64, 96]
+    monkeypatch.setattr(deepstyle, "halo", lambda layers: halo(layers) - 16)
+    with pytest.raises(AssertionError):
+        assert_same(whole, tiled, x)
+
+
+@pytest.mark.parametrize("length", [33, 160, 1000, 1023, 2048])
+@pytest.mark.parametrize("tile", [16, 100, 512])
+def test_tiles_cover_a_side_once_and_have_few_shapes(length, tile):
+    cuts = deepstyle.cut(length, tile, 80)
+    assert [pixel for own, _ in cuts for pixel in range(own.start, own.stop)] == list(range(length))
+    assert len({window.stop - window.start for _, window in cuts}) <= 2
+    for own, window in cuts:
+        assert own.stop - own.start <= tile
+        assert own.start % 16 == window.start % 16 == 0
+        assert window.start == 0 or own.start - window.start >= 80
+        assert window.stop == length or window.stop - own.stop >= 80
+
+
+def test_all_tiles_run_through_few_compiled_shapes(untrained, monkeypatch):
+    traced = []
+    parts = deepstyle.TiledObjective._parts
+    monkeypatch.setattr(
+        deepstyle.TiledObjective, "_parts", lambda self, x, *given: traced.append(x.shape) or parts(self, x, *given)
+    )
+    _, tiled, x = both(untrained, 32, 371, 16)
+    tiled(x)
+    tiled(x)
+    assert len(list(tiled._tiles(["conv5_2"]))) == 48
+    assert len(traced) == 2
+
+
+def have(monkeypatch, gigabytes, gpu=0):
+    monkeypatch.setattr(deepstyle, "free_memory", lambda cap: (gigabytes * GB, gpu * GB))
+
+
+def test_free_memory_is_the_least_of_what_machine_cgroup_and_user_allow(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 99 kB\nMemAvailable:    4000000 kB\n", "/sys/fs/cgroup/memory.max": "max\n"}
+
+    def read_text(path):
+        if str(path) in files:
+            return files[str(path)]
+        raise FileNotFoundError
+
+    monkeypatch.setattr(deepstyle.Path, "read_text", read_text)
+    assert deepstyle.free_memory(0.0) == (4_096_000_000, 0)
+    files["/sys/fs/cgroup/memory.max"] = "3000000000\n"
+    assert deepstyle.free_memory(0.0) == (3_000_000_000, 0)
+    assert deepstyle.free_memory(2.5) == (2_500_000_000, 0)
+    said = type("Said", (), {"stdout": "8000\n16000\n"})
+    monkeypatch.setattr(deepstyle.subprocess, "run", lambda command, **options: said)
+    assert deepstyle.free_memory(0.0) == (3_000_000_000, 8000 * 2**20)
+
+
+def test_a_picture_is_tiled_only_when_it_has_to_be_with_the_largest_tiles(monkeypatch):
+    size, settings = (2000, 3000), Settings()
+    have(monkeypatch, 100)
+    assert deepstyle.plan_memory(size, settings)[:2] == (None, 10)
+    have(monkeypatch, 12)
+    plan = deepstyle.plan_memory(size, settings)
+    assert 512 <= plan.tile < 3000
+    assert plan.history == 10
+    assert plan.needed <= 12 * GB
+    larger = next(tile for tile in range(plan.tile + 16, 3000, 16) if tiles(size, tile) < tiles(size, plan.tile))
+    assert sum(deepstyle.needed_memory(size, larger, 10)) > 12 * GB
+
+
+def tiles(size, tile):
+    return len(deepstyle.cut(size[0], tile, 96)) * len(deepstyle.cut(size[1], tile, 96))
+
+
+def test_corrections_are_given_up_before_tiles_get_small(monkeypatch):
+    size, settings = (3000, 3000), Settings(history=8)
+    have(monkeypatch, sum(deepstyle.needed_memory(size, 512, 6)) / GB + 0.01)
+    assert deepstyle.plan_memory(size, settings)[:2] == (512, 6)
+    have(monkeypatch, sum(deepstyle.needed_memory(size, 256, 5)) / GB + 0.01)
+    assert deepstyle.plan_memory(size, settings)[:2] == (256, 5)
+    assert "keeps 5 corrections instead of 8" in deepstyle.describe_plan(
+        size, deepstyle.plan_memory(size, settings), settings
+    )
+
+
+def test_tile_can_be_said(monkeypatch):
+    have(monkeypatch, 100)
+    assert deepstyle.plan_memory((999, 999), Settings(tile="256")).tile == 256
+    have(monkeypatch, 3)
+    assert deepstyle.plan_memory((999, 999), Settings()).tile
+    with pytest.raises(deepstyle.UserError, match="--tile auto may need less"):
+        deepstyle.plan_memory((999, 999), Settings(tile="off"))
+
+
+def test_a_picture_that_does_not_fit_is_refused_with_the_size_that_does(monkeypatch):
+    have(monkeypatch, 2)
+    with pytest.raises(deepstyle.UserError, match=r"4000 x 3000 pixels need .* GB .* and 2\.0 GB are free") as caught:
+        deepstyle.plan_memory((4000, 3000), Settings())
+    rows = int(str(caught.value).split("--image_size ")[1])
+    assert deepstyle.plan_memory((rows, rows * 3 // 4), Settings()).tile
+    with pytest.raises(deepstyle.UserError):
+        deepstyle.plan_memory((rows + 4, rows * 3 // 4 + 3), Settings())
+
+
+def test_the_network_has_to_fit_on_the_gpu_and_only_the_rest_here(monkeypatch):
+    size = (1500, 1500)
+    have(monkeypatch, 3, gpu=80)
+    assert deepstyle.plan_memory(size, Settings())[:2] == (None, 10)
+    have(monkeypatch, 3, gpu=4)
+    assert deepstyle.plan_memory(size, Settings()).tile
+    have(monkeypatch, 1, gpu=80)
+    with pytest.raises(deepstyle.UserError, match=r"80\.0 GB on the GPU"):
+        deepstyle.plan_memory(size, Settings())
+
+
+def test_a_tiled_run_paints_the_same_picture(untrained):
+    content, style = smooth_picture(1, 32, 240), smooth_picture(2, 40, 32)
+    whole, tiled = (
+        next(deepstyle.paint(content, style, Settings(image_size=32, num_iter=1, tile=tile), untrained)).picture
+        for tile in ("off", "64")
+    )
+    assert np.abs(whole.astype(int) - tiled).max() <= 2
