@@ -1060,20 +1060,23 @@ class TiledObjective(Objective):
                 yield Tile(*zip(rows, columns, strict=True))
 
     def _content_features(self, x: np.ndarray) -> dict:
-        found = {}
+        ops, found = import_keras().ops, {}
         for name in self.content_layers:
             found[name] = np.empty([length // stride(name) for length in self.size] + [CHANNELS[name]], np.float32)
             for tile in self._tiles([name]):
                 own, within, _ = tile.at(stride(name))
-                found[name][own] = dict(self._features(np.float32(x[tile.window]), [name]))[name][within]
+                ((_, f),) = self._features(np.float32(x[tile.window]), [name])
+                found[name][own] = ops.convert_to_numpy(f[within])
         return found
 
     def _grams(self, x: np.ndarray) -> dict:
+        ops = import_keras().ops
         totals = {name: np.zeros((CHANNELS[name], CHANNELS[name])) for name in self.style_layers}
         for tile in self._tiles(self.style_layers or STYLE_LAYERS):
             for name, f in self._features(np.float32(x[tile.window]), self.style_layers):
-                totals[name] += gram_matrix(f, tile.mask(stride(name)))
-        return {name: np.float32(total) for name, total in totals.items()}
+                mask = ops.convert_to_tensor(tile.mask(stride(name)))
+                totals[name] += ops.convert_to_numpy(gram_matrix(f, mask))
+        return {name: ops.convert_to_tensor(np.float32(total)) for name, total in totals.items()}
 
     def _parts_and_gradient(self, x: np.ndarray, differentiated: Callable) -> tuple[dict[str, float], np.ndarray]:
         grams, totals, gradient = self._grams(x), {}, np.zeros(x.shape)
@@ -1399,9 +1402,8 @@ def tell(message: str) -> None:
 def describe_device() -> str:
     """The processor that Keras's backend computes on, in words."""
     keras = import_keras()
-    devices = keras.distribution.list_devices()
-    kind = f"{os.cpu_count()} CPU cores" if devices[0].startswith("cpu") else devices[0]
-    return f"{kind} with {keras.backend.backend()}"
+    on_cpu = "cpu" in str(keras.ops.zeros(()).device).lower()
+    return f"{f'{os.cpu_count()} CPU cores' if on_cpu else 'the GPU'} with {keras.backend.backend()}"
 
 
 def describe_plan(size: tuple[int, int], plan: Plan, settings: Settings) -> str:

@@ -1,0 +1,87 @@
+"""The same loss, gradient and program on each of Keras's backends; those that are not installed are skipped."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deepstyle
+
+FOLDER = Path(__file__).parent
+SCRIPT = FOLDER.parent / "deepstyle.py"
+EVALUATE = """
+import sys
+import numpy as np
+import deepstyle
+from test_objective import pictures
+
+for pool_type in ("ave", "max"):
+    content, style, x = pictures(40, 230)
+    options = {"weights": deepstyle.random_weights(0), "pool_type": pool_type}
+    for name, objective in (
+        ("whole", deepstyle.Objective(content, style, **options)),
+        ("tiled", deepstyle.TiledObjective(content, style, tile=112, **options)),
+    ):
+        loss, gradient = objective(x)
+        np.savez(f"{sys.argv[1]}/{pool_type}_{name}.npz", loss=loss, gradient=gradient)
+"""
+
+
+def environment(backend):
+    return os.environ | {"KERAS_BACKEND": backend, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(FOLDER)])}
+
+
+@pytest.fixture(scope="module")
+def with_tensorflow(tmp_path_factory):
+    """The folder of what EVALUATE saves."""
+    folder = tmp_path_factory.mktemp("tensorflow")
+    subprocess.run([sys.executable, "-c", EVALUATE, str(folder)], env=environment("tensorflow"), check=True)
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_loss_and_gradient_agree_across_backends(with_tensorflow, tmp_path, backend):
+    if not importlib.util.find_spec(backend):
+        pytest.skip(f"{backend} is not installed")
+    subprocess.run([sys.executable, "-c", EVALUATE, str(tmp_path)], env=environment(backend), check=True)
+    for name in ("ave_whole", "ave_tiled", "max_whole", "max_tiled"):
+        expected, got = (np.load(folder / f"{name}.npz") for folder in (with_tensorflow, tmp_path))
+        assert got["loss"] == pytest.approx(float(expected["loss"]), rel=1e-5)
+        difference = np.linalg.norm(got["gradient"] - expected["gradient"])
+        assert difference <= 1e-5 * np.linalg.norm(expected["gradient"])
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_the_command_runs_on_the_backend(picture_files, tmp_path, backend):
+    if not importlib.util.find_spec(backend):
+        pytest.skip(f"{backend} is not installed")
+    command = [sys.executable, str(SCRIPT), *picture_files, str(tmp_path / "a"), "--weights", "random"]
+    command += ["--image_size", "32", "--num_iter", "1", "--tile", "off"]
+    ended = subprocess.run(command, env=environment(backend), capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert f"with {backend}; RANDOM" in ended.stdout
+    assert (tmp_path / "a_at_iteration_1.png").exists()
+
+
+@pytest.mark.parametrize("backend", ["no_such_thing", "torch"])
+def test_a_backend_that_is_not_there_is_one_line(picture_files, tmp_path, backend):
+    if importlib.util.find_spec(backend):
+        pytest.skip(f"{backend} is installed")
+    command = [sys.executable, str(SCRIPT), *picture_files, str(tmp_path / "a"), "--weights", "random"]
+    ended = subprocess.run(command, env=environment(backend), capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert f"KERAS_BACKEND={backend}" in ended.stderr
+    assert list(tmp_path.glob("a*")) == []
+
+
+def test_every_weight_may_be_zero(untrained):
+    picture = np.zeros((32, 32, 3), np.uint8)
+    weights = dict.fromkeys(("content_weight", "style_weight", "total_variation_weight"), 0)
+    loss, gradient = deepstyle.Objective(picture, picture, weights=untrained, **weights)(picture)
+    assert loss == 0
+    assert not gradient.any()
