@@ -1148,9 +1148,9 @@ def with_torch(summed: Callable) -> Callable:
     def compiled(x, *given):
         x = x.detach().requires_grad_()
         loss, values = summed(x, *given)
-        if not loss.requires_grad:  # every weight is 0
-            return values, torch.zeros_like(x)
-        return values, torch.autograd.grad(loss, x)[0]
+        # Where every weight is 0 there is nothing to differentiate.
+        gradient = torch.autograd.grad(loss, x)[0] if loss.requires_grad else torch.zeros_like(x)
+        return {name: value.detach() for name, value in values.items()}, gradient
 
     return compiled
 

@@ -1,6 +1,7 @@
 """L-BFGS run once, seen through a generator; the rules for stopping."""
 
 import itertools
+import math
 import os
 import signal
 import threading
@@ -225,6 +226,70 @@ def test_seed_decides_the_noise(untrained):
     a, b, c = (small_run(untrained, num_iter=1, init_image="noise", seed=seed)[0].picture for seed in (1, 1, 2))
     np.testing.assert_array_equal(a, b)
     assert np.any(a != c)
+
+
+def watched_run(untrained, stop_at=math.inf, **options):
+    """The iterations, and (size, count, loss) of every evaluation; it is stopped after `stop_at` of them."""
+    told = []
+    iterations = deepstyle.paint(
+        smooth_picture(1, 64, 80),
+        smooth_picture(2, 40, 32),
+        Settings(image_size=64, num_iter=1, **options),
+        untrained,
+        on_evaluation=lambda *news: told.append(news),
+        stop=lambda: len(told) >= stop_at,
+    )
+    return list(iterations), told
+
+
+def test_coarse_to_fine_has_as_many_iterations_at_each_size(untrained):
+    (iteration,), told = watched_run(untrained, scales=2)
+    (coarse, first), (fine, second) = (
+        (size, [count for *_, count, _ in news]) for size, news in itertools.groupby(told, lambda news: news[0])
+    )
+    assert (coarse, fine) == ((32, 40), (64, 80))
+    for counts in (first, second):
+        assert counts == list(range(1, len(counts) + 1))
+        assert 20 <= len(counts) <= 25
+    assert iteration.number == 1
+    assert iteration.picture.shape == (64, 80, 3)
+
+
+def test_each_size_starts_from_the_coarser_result(untrained):
+    (_, plain), (_, scaled) = (watched_run(untrained, scales=scales) for scales in (1, 2))
+    assert plain[0][0] == (64, 80)
+    start = next(loss for size, _, loss in scaled if size == (64, 80))
+    assert start < 0.7 * plain[0][2]
+
+
+def test_stop_at_a_coarse_size_gives_what_there_is_at_full_size(untrained):
+    (iteration,), told = watched_run(untrained, stop_at=5, scales=2)
+    assert iteration.picture.shape == (64, 80, 3)
+    assert [size for size, *_ in told] == [(32, 40)] * 5 + [(64, 80)]
+
+
+def test_a_resumed_run_does_not_begin_coarse_again(untrained):
+    (iteration,), _ = watched_run(untrained, scales=2)
+    told = []
+    settings = Settings(image_size=64, num_iter=2, scales=2)
+    (resumed,) = deepstyle.paint(
+        smooth_picture(1, 64, 80),
+        smooth_picture(2, 40, 32),
+        settings,
+        untrained,
+        state=iteration.state,
+        on_evaluation=lambda *news: told.append(news),
+    )
+    assert resumed.number == 2
+    assert {size for size, *_ in told} == {(64, 80)}
+
+
+def test_history_is_the_number_of_corrections(monkeypatch):
+    options = []
+    minimize = optimize.minimize
+    monkeypatch.setattr(optimize, "minimize", lambda *a, **k: options.append(k["options"]) or minimize(*a, **k))
+    next(deepstyle.minimise(Rosenbrock(), START, history=7))
+    assert options[0]["maxcor"] == 7
 
 
 def test_stylize_takes_the_commands_flags_and_defaults(monkeypatch):

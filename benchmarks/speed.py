@@ -1,0 +1,141 @@
+"""How fast an evaluation is on this machine, in a table and as JSON. Needs the trained weights.
+
+usage: python benchmarks/speed.py [--rows 256 400 512 800 1024] [--tile 512] [--evaluations 5] [--json FILE]
+
+Each row of the table is a process of its own, so that its peak memory is its own. Seconds are the median of the
+evaluations that L-BFGS asks for, after a first one that compiles. GFLOP/s count the convolutions' multiplications and
+additions, forward and backward, of the picture itself: what tiles compute twice does not count. The share is that rate
+over the machine's own float32 matrix product. "outside" is the share of the time that is not spent in the network and
+losses: SciPy, and the copies of the picture and the gradient.
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(FOLDER))
+import deepstyle  # noqa: E402, it is not installed but lies above
+
+
+def gigaflop(size: tuple[int, int]) -> float:
+    """Of all convolutions up to conv5_2, forward and backward."""
+    total, inputs = 0, 3
+    for name, outputs in deepstyle.CHANNELS.items():
+        if name <= "conv5_2":
+            positions = (size[0] // deepstyle.stride(name)) * (size[1] // deepstyle.stride(name))
+            total += 2 * 2 * 9 * inputs * outputs * positions
+            inputs = outputs
+    return total / 1e9
+
+
+def matrix_product() -> float:
+    """GFLOP/s of Keras's backend for float32 matrices, the best of several."""
+    ops = deepstyle.import_keras().ops
+    n, seconds = 3000, []
+    a = ops.ones((n, n))
+    for _ in range(8):
+        began = time.perf_counter()
+        ops.convert_to_numpy(ops.matmul(a, a)[:1, :1])
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds) / 1e9
+
+
+def objective_of(rows: int, tile: int | None):
+    """The objective of two of the pictures that come with the program, with four columns to three rows."""
+    size = (rows, rows * 4 // 3)
+    pictures = (
+        deepstyle.resize(deepstyle.read_picture(str(FOLDER / "images" / name))[0], size)
+        for name in ("rocket.jpg", "composition_viii.jpg")
+    )
+    content, style = pictures
+    if tile:
+        return content, deepstyle.TiledObjective(content, style, tile=tile)
+    return content, deepstyle.Objective(content, style)
+
+
+def measure(rows: int, tile: int | None, evaluations: int) -> dict:
+    """One row of the table, in this process."""
+    content, objective = objective_of(rows, tile)
+    inside = 0.0
+
+    def timed(function):
+        def call(*arguments):
+            nonlocal inside
+            began = time.perf_counter()
+            result = function(*arguments)
+            inside += time.perf_counter() - began
+            return result
+
+        return call
+
+    objective._differentiated = timed(objective._differentiated)
+    if tile:
+        objective._grams = timed(objective._grams)
+    ends, insides = [], []
+
+    def on_evaluation(count: int, loss: float) -> None:
+        ends.append(time.perf_counter())
+        insides.append(inside)
+
+    start = deepstyle.to_input_space(content)
+    list(deepstyle.minimise(objective, start, on_evaluation, stop=lambda: len(ends) > evaluations))
+    seconds = statistics.median(later - before for before, later in itertools.pairwise(ends))
+    return {
+        "rows": rows,
+        "columns": content.shape[1],
+        "tile": tile,
+        "seconds": seconds,
+        "gflops": gigaflop(content.shape[:2]) / seconds,
+        "outside": 1 - (insides[-1] - insides[0]) / (ends[-1] - ends[0]),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "estimated_bytes": sum(deepstyle.needed_memory(content.shape[:2], tile, deepstyle.Settings.history)),
+    }
+
+
+def in_its_own_process(*arguments) -> dict:
+    command = [sys.executable, __file__, "--one", *map(str, arguments)]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[256, 400, 512, 800, 1024])
+    parser.add_argument("--tile", type=int, default=512)
+    parser.add_argument("--evaluations", type=int, default=5)
+    parser.add_argument("--json", default="speed.json")
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one == ["product"]:
+        return print(json.dumps({"gflops": matrix_product()}))
+    if arguments.one:
+        rows, tile, evaluations = map(int, arguments.one)
+        return print(json.dumps(measure(rows, tile or None, evaluations)))
+    product = in_its_own_process("product")["gflops"]
+    print(f"this machine's float32 matrix product: {product:.0f} GFLOP/s\n")
+    print("     size       tile   s/evaluation  GFLOP/s  share  outside  peak GB (estimated)")
+    rows = []
+    for count in arguments.rows:
+        for tile in (0, arguments.tile):
+            if tile < count:
+                row = in_its_own_process(count, tile, arguments.evaluations)
+                row["share"] = row["gflops"] / product
+                rows.append(row)
+                print(
+                    f"{row['rows']:5} x {row['columns']:<5} {row['tile'] or 'whole':>5} {row['seconds']:12.2f} "
+                    f"{row['gflops']:9.0f} {row['share']:6.0%} {row['outside']:7.1%} {row['peak_bytes'] / 1e9:8.2f} "
+                    f"({row['estimated_bytes'] / 1e9:.2f})",
+                    flush=True,
+                )
+    Path(arguments.json).write_text(json.dumps({"matrix_product_gflops": product, "rows": rows}, indent=1))
+    return None
+
+
+if __name__ == "__main__":
+    main()
