@@ -493,57 +493,47 @@ def plan_memory(size: tuple[int, int], settings: Settings) -> Plan:
     Raises UserError if there is none, with the largest size that would fit.
     """
     free, gpu_free = free_memory(settings.max_memory)
+    smallest = 128 if settings.tile == "auto" else None if settings.tile == "off" else int(settings.tile)
+    fewest = min(settings.history, 5)
 
-    def fitting(rows: int) -> Plan | None:
-        at = (rows, rows * size[1] // size[0])
-        for tile, history in ways(at, settings):
-            computing, rest = needed_memory(at, tile, history)
-            needed = rest if gpu_free else computing + rest
-            if needed <= free and (not gpu_free or computing <= gpu_free):
-                return Plan(tile, history, needed, free)
-        return None
+    def fitting(at: tuple[int, int], tile: int | None, history: int) -> Plan | None:
+        computing, rest = needed_memory(at, tile, history)
+        needed = rest if gpu_free else computing + rest
+        fits = needed <= free and (not gpu_free or computing <= gpu_free)
+        return Plan(tile, history, needed, free) if fits else None
 
-    plan = fitting(size[0])
-    if not plan:
-        least = min(sum(needed_memory(size, *way)) for way in ways(size, settings))
-        largest = bisect.bisect_left(range(size[0]), True, key=lambda rows: rows > 0 and not fitting(rows)) - 1
+    def too_large(rows: int) -> bool:
+        return not fitting((rows, rows * size[1] // size[0]), smallest, fewest)
+
+    if too_large(size[0]):
+        largest = bisect.bisect(range(size[0]), False, key=too_large) - 1
         raise UserError(
-            f"{size[0]} x {size[1]} pixels need {least / 1e9:.1f} GB of memory or more"
-            f"{' (--tile auto may need less)' if settings.tile != 'auto' else ''} and {free / 1e9:.1f} GB are free"
-            f"{f', {gpu_free / 1e9:.1f} GB on the GPU' if gpu_free else ''}, enough for --image_size {largest}"
+            f"{size[0]} x {size[1]} pixels need {sum(needed_memory(size, smallest, fewest)) / 1e9:.1f} GB of memory "
+            f"{'or more' if settings.tile == 'auto' else '(--tile auto may need less)'}, {free / 1e9:.1f} GB are free"
+            f"{f', {gpu_free / 1e9:.1f} GB on the GPU' if gpu_free else ''}, "
+            f"{f'enough for --image_size {largest}' if largest >= SMALLEST else 'too little for any'}"
         )
-    return plan
-
-
-def ways(size: tuple[int, int], settings: Settings) -> Iterator[tuple[int | None, int]]:
-    """(tile, history) in order of preference.
-
-    Tiles cost time, since their surroundings are computed with them: 2.2 times the whole picture's at 512 pixels, over
-    7 times at 128. So before tiles below 512 pixels fewer corrections are preferred.
-    """
-    fewer = range(settings.history, min(settings.history, 5) - 1, -1)
-    large, small = [None, *range(max(size) // 16 * 16, 496, -16)], range(496, 112, -16)
-    if settings.tile != "auto":
-        large, small = [None if settings.tile == "off" else int(settings.tile)], []
-    for tiles in (large, small):
-        for history in fewer:
-            for tile in tiles:
-                yield tile, history
+    ways = itertools.product(range(settings.history, fewest - 1, -1), [smallest])
+    if settings.tile == "auto":
+        # Tiles cost time, since their surroundings are computed with them: 2.2 times the whole picture's at 512 pixels,
+        # over 7 times at 128. So before tiles below 512 pixels fewer corrections are preferred.
+        sides = [-(-max(size) // parts // 16) * 16 for parts in range(2, max(size) // smallest + 1)]
+        large, small = [None, *(side for side in sides if side >= 512)], [side for side in sides if side < 512]
+        histories = range(settings.history, fewest - 1, -1)
+        ways = [*itertools.product(histories, large), *itertools.product(histories, small), *ways]
+    return next(plan for history, tile in ways if (plan := fitting(size, tile, history)))
 
 
 def needed_memory(size: tuple[int, int], tile: int | None, history: int) -> tuple[float, float]:
-    """Bytes that an evaluation takes at its peak, on the GPU if there is one, and all else takes.
+    """Bytes that an evaluation takes at its peak, on the GPU if there is one, and that all else takes.
 
-    The numbers are fitted to measured peaks on a CPU (TensorFlow 2.21); benchmarks/memory.py compares.
+    The numbers are fitted to measured peaks on a CPU (TensorFlow 2.21); benchmarks/speed.py shows both.
     """
-    pixels = computed = math.prod(size)
-    if tile:
-        computed = math.prod(
-            max(window.stop - window.start for _, window in cut(length, tile, halo(CHANNELS))) for length in size
-        )
-    computing = 200e6 + 2500 * computed
-    # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, gradient and their copies come on top.
-    rest = 650e6 + 3 * 8 * (2 * history + 5 + 12) * pixels
+    pixels = math.prod(size)
+    computed = math.prod(min(side, tile + 2 * halo(CHANNELS)) for side in size) if tile else pixels
+    computing = 150e6 + 2450 * computed
+    # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top.
+    rest = 670e6 + 3 * 8 * (2 * history + 5 + 4) * pixels
     return computing, rest
 
 
