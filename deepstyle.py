@@ -906,34 +906,25 @@ class Objective:
     """The loss of a picture, and its gradient, for one content and one style (eq. 7, with the total variation).
 
     content, style: (H, W, 3) uint8 RGB, of one shape. weights: None for the trained network,
-    "random", a file, or what load_weights returned. Calling it with x, (H, W, 3) float in input
-    space, returns (loss: float, gradient: (H, W, 3) float64). Raises UserError for a bad setting.
+    "random", a file, or what load_weights returned. The options are the command's flags, that is the
+    fields of Settings. Calling it with x, (H, W, 3) float in input space, returns (loss: float,
+    gradient: (H, W, 3) float64). Raises UserError for a bad option.
     """
 
     def __init__(
-        self,
-        content: np.ndarray,
-        style: np.ndarray,
-        *,
-        pool_type: str = Settings.pool_type,
-        content_layer: str = Settings.content_layer,
-        content_weight: float = Settings.content_weight,
-        style_weight: float = Settings.style_weight,
-        style_scale: float = Settings.style_scale,
-        total_variation_weight: float = Settings.total_variation_weight,
-        weights: Weights | str | None = Settings.weights,
+        self, content: np.ndarray, style: np.ndarray, *, weights: Weights | str | None = Settings.weights, **options
     ):
         if content.shape != style.shape or content.ndim != 3 or content.shape[2] != 3:
             raise UserError(f"content {content.shape} and style {style.shape} must be one shape (H, W, 3)")
-        require_choice("pool_type", pool_type, ("ave", "max"))
+        settings = Settings(**options)
         self.weights = on_device(weights if isinstance(weights, dict) else load_weights(weights)[0])
-        self.pool_type = pool_type
+        self.pool_type = settings.pool_type
         self.size = content.shape[:2]
-        self.content_weight = content_weight
-        self.style_weight = style_weight * style_scale / len(STYLE_LAYERS)
-        self.total_variation_weight = total_variation_weight
+        self.content_weight = settings.content_weight
+        self.style_weight = settings.style_weight * settings.style_scale / len(STYLE_LAYERS)
+        self.total_variation_weight = settings.total_variation_weight
         # A loss of no weight needs no layers.
-        self.content_layers = (layer_name(content_layer),) if content_weight else ()
+        self.content_layers = (settings.content_layer,) if self.content_weight else ()
         self.style_layers = STYLE_LAYERS if self.style_weight else ()
         self._differentiated = parts_and_gradient(self._parts)
         self.content_targets = self._content_features(to_input_space(content))
@@ -1359,11 +1350,9 @@ def objective_at(
     tile: int | None,
 ) -> Objective:
     """The objective for both pictures resized to (rows, columns), whole or in tiles."""
-    names = ("pool_type", "content_layer", "content_weight", "style_weight", "style_scale", "total_variation_weight")
-    options = {name: getattr(settings, name) for name in names} | {"weights": weights}
-    pictures = resize(content, size), resize(style, size)
+    pictures, options = (resize(content, size), resize(style, size)), vars(settings) | {"weights": weights}
     if tile and tile < max(size):
-        return TiledObjective(*pictures, tile=tile, **options)
+        return TiledObjective(*pictures, **options | {"tile": tile})
     return Objective(*pictures, **options)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import deepstyle  # noqa: E402, it is not installed but lies above
+import deepstyle
 
 
 def run(content, style, settings, weights, goal: float = 0.0) -> tuple[float, float, np.ndarray]:
