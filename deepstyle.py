@@ -4,8 +4,8 @@
 It is the method of Gatys, Ecker & Bethge, "A Neural Algorithm of Artistic Style" (2015, arXiv
 1508.06576): find the picture whose VGG16 features resemble the content picture's, whose Gram
 matrices of features resemble the style picture's, and which is smooth. The file reads from top
-to bottom like the paper: settings and command line, pictures, network, losses, objective,
-optimiser, run.
+to bottom like the paper: settings and command line, pictures, files, memory, network, losses,
+objective, optimiser, run.
 
 "Input space" below is what VGG16 was trained on: BGR channels in 0..255 minus their ImageNet means.
 """
@@ -478,6 +478,9 @@ def check_output(base: Path, inputs: list[str | None], size: tuple[int, int]) ->
         raise UserError(f"the disk of '{folder}' has {free} bytes free, and one iteration needs {needed}")
 
 
+# ------------------------------------------------------------------------------------ memory
+
+
 class Plan(NamedTuple):
     """How a picture is computed in the memory that there is."""
 
@@ -513,14 +516,15 @@ def plan_memory(size: tuple[int, int], settings: Settings) -> Plan:
             f"{f', {gpu_free / 1e9:.1f} GB on the GPU' if gpu_free else ''}, "
             f"{f'enough for --image_size {largest}' if largest >= SMALLEST else 'too little for any'}"
         )
-    ways = itertools.product(range(settings.history, fewest - 1, -1), [smallest])
+    large, small = [smallest], []
     if settings.tile == "auto":
-        # Tiles cost time, since their surroundings are computed with them: 2.2 times the whole picture's at 512 pixels,
+        # Tiles cost time, since their surroundings are computed with them: 2.4 times the whole picture's at 512 pixels,
         # over 7 times at 128. So before tiles below 512 pixels fewer corrections are preferred.
         sides = [-(-max(size) // parts // 16) * 16 for parts in range(2, max(size) // smallest + 1)]
-        large, small = [None, *(side for side in sides if side >= 512)], [side for side in sides if side < 512]
-        histories = range(settings.history, fewest - 1, -1)
-        ways = [*itertools.product(histories, large), *itertools.product(histories, small), *ways]
+        large = [None, *(side for side in sides if side >= 512)]
+        small = [*(side for side in sides if side < 512), smallest]
+    histories = range(settings.history, fewest - 1, -1)
+    ways = [*itertools.product(histories, large), *itertools.product(histories, small)]
     return next(plan for history, tile in ways if (plan := fitting(size, tile, history)))
 
 
@@ -531,7 +535,7 @@ def needed_memory(size: tuple[int, int], tile: int | None, history: int) -> tupl
     """
     pixels = math.prod(size)
     computed = math.prod(min(side, tile + 2 * halo(CHANNELS)) for side in size) if tile else pixels
-    computing = 150e6 + 2450 * computed
+    computing = 150e6 + 2050 * computed
     # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top.
     rest = 670e6 + 3 * 8 * (2 * history + 5 + 4) * pixels
     return computing, rest

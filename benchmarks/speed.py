@@ -85,7 +85,8 @@ def measure(rows: int, tile: int | None, evaluations: int) -> dict:
         insides.append(inside)
 
     start = deepstyle.to_input_space(content)
-    list(deepstyle.minimise(objective, start, on_evaluation, stop=lambda: len(ends) > evaluations))
+    # No more corrections than evaluations, so that all the memory that was estimated gets used.
+    list(deepstyle.minimise(objective, start, on_evaluation, lambda: len(ends) > evaluations, history=evaluations))
     seconds = statistics.median(later - before for before, later in itertools.pairwise(ends))
     return {
         "rows": rows,
@@ -95,7 +96,7 @@ def measure(rows: int, tile: int | None, evaluations: int) -> dict:
         "gflops": gigaflop(content.shape[:2]) / seconds,
         "outside": 1 - (insides[-1] - insides[0]) / (ends[-1] - ends[0]),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "estimated_bytes": sum(deepstyle.needed_memory(content.shape[:2], tile, deepstyle.Settings.history)),
+        "estimated_bytes": sum(deepstyle.needed_memory(content.shape[:2], tile, evaluations)),
     }
 
 
