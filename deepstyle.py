@@ -537,7 +537,7 @@ def needed_memory(size: tuple[int, int], tile: int | None, history: int) -> tupl
     computed = math.prod(min(side, tile + 2 * halo(CHANNELS)) for side in size) if tile else pixels
     computing = 150e6 + 2050 * computed
     # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top.
-    rest = 670e6 + 3 * 8 * (2 * history + 5 + 4) * pixels
+    rest = 670e6 + 3 * 8 * (2 * history + 5 + 11) * pixels
     return computing, rest
 
 
