@@ -1307,23 +1307,23 @@ def paint(
     """
     shaped_by = state.shaped_by if state else what_shapes(content, style, weights, settings)
     losses = list(state.losses) if state else []
-    *coarser, size = picture_sizes(content.shape, settings)
-    plan = plan or plan_memory(size, settings)
+    sizes = picture_sizes(content.shape, settings)
+    plan = plan or plan_memory(sizes[-1], settings)
 
-    def points(size: tuple[int, int], start: np.ndarray) -> Iterator[Accepted]:
+    def points(size: tuple[int, int], start: np.ndarray) -> contextlib.closing:
         objective = objective_at(size, content, style, settings, weights, plan.tile)
         watch = functools.partial(on_evaluation, size)
         return contextlib.closing(minimise(objective, start, watch, stop, plan.history))
 
-    x = state.x if state else start_picture(content, [*coarser, size][0], settings)
+    x = state.x if state else start_picture(content, sizes[0], settings)
     if not state:
-        for coarse, finer in itertools.pairwise([*coarser, size]):
+        for coarse, finer in itertools.pairwise(sizes):
             with points(coarse, x) as found:
                 for accepted in itertools.islice(found, settings.num_iter + 1):
                     x = accepted.x
             x = enlarge(np.float32(x), finer)
     clock = time.perf_counter()
-    with points(size, x) as found:
+    with points(sizes[-1], x) as found:
         if not state:
             losses.append(loss_row(next(found).evaluation))
         for accepted in found:
