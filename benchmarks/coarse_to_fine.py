@@ -28,8 +28,9 @@ def run(content, style, settings, weights, goal: float = 0.0) -> tuple[float, fl
         if size == full_size and loss <= goal:
             reached.append((seconds, loss))
 
+    pictures = deepstyle.Pictures(content, (style,))
     iterations = deepstyle.paint(
-        content, style, settings, weights, on_evaluation=on_evaluation, stop=lambda: bool(reached)
+        pictures, settings, weights, on_evaluation=on_evaluation, stop=lambda: bool(reached)
     )
     with contextlib.closing(iterations):
         *_, last = iterations

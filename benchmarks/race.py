@@ -64,7 +64,7 @@ def run_deepstyle(rows: int, num_iter: int, scales: int = 1) -> list:
         if size == full_size:
             course.add(loss)
 
-    for _ in deepstyle.paint(content, style, settings, weights, on_evaluation=on_evaluation):
+    for _ in deepstyle.paint(deepstyle.Pictures(content, (style,)), settings, weights, on_evaluation=on_evaluation):
         pass
     return course.points
 

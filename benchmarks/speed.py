@@ -27,7 +27,7 @@ import deepstyle  # noqa: E402, it is not installed but lies above
 def gigaflop(size: tuple[int, int]) -> float:
     """Of all convolutions up to conv5_2, forward and backward."""
     total, inputs = 0, 3
-    for name, outputs in deepstyle.CHANNELS.items():
+    for name, outputs in deepstyle.CHANNELS["vgg16"].items():
         if name <= "conv5_2":
             positions = (size[0] // deepstyle.stride(name)) * (size[1] // deepstyle.stride(name))
             total += 2 * 2 * 9 * inputs * outputs * positions
@@ -55,9 +55,7 @@ def objective_of(rows: int, tile: int | None):
         for name in ("rocket.jpg", "composition_viii.jpg")
     )
     content, style = pictures
-    if tile:
-        return content, deepstyle.TiledObjective(content, style, tile=tile)
-    return content, deepstyle.Objective(content, style)
+    return content, deepstyle.Objective(content, style, tile=tile or "off")
 
 
 def measure(rows: int, tile: int | None, evaluations: int) -> dict:

@@ -24,7 +24,7 @@ for pool_type in ("ave", "max"):
     options = {"weights": deepstyle.random_weights(0), "pool_type": pool_type}
     for name, objective in (
         ("whole", deepstyle.Objective(content, style, **options)),
-        ("tiled", deepstyle.TiledObjective(content, style, tile=112, **options)),
+        ("tiled", deepstyle.Objective(content, style, tile=112, **options)),
     ):
         loss, gradient = objective(x)
         np.savez(f"{sys.argv[1]}/{pool_type}_{name}.npz", loss=loss, gradient=gradient)

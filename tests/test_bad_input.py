@@ -17,7 +17,7 @@ from PIL import Image
 
 import deepstyle
 
-LAYERS = ", ".join(deepstyle.CHANNELS)
+LAYERS = ", ".join(deepstyle.CHANNELS["vgg16"])
 RUN = ["good.png", "style.png", "out/a"]
 
 # (arguments, what the line must say)
@@ -70,7 +70,7 @@ ROWS = [
     ([*RUN, "--content_layer", "block4_con2"], "--content_layer is 'block4_con2'"),
     ([*RUN, "--content_layer", ""], "--content_layer is ''"),
     ([*RUN, "--pool_type", "avg"], "--pool_type is 'avg'; it must be one of ave, max; did you mean ave?"),
-    ([*RUN, "--init_image", "noisy"], "--init_image is 'noisy'; it must be one of content, noise; did you mean noise?"),
+    ([*RUN, "--init_image", "noisy"], "must be one of content, noise, gray, a picture's path; did you mean noise?"),
     ([*RUN, "--rescale_method", "biliner"], "nearest, bilinear, bicubic, cubic; did you mean bilinear?"),
     ([*RUN, "--preserve_color", "maybe"], "expected True or False (or yes, no, 1, 0), not 'maybe'"),
     # pictures

@@ -14,7 +14,7 @@ def both(untrained, rows, columns, tile, **options):
     """The whole and the tiled objective, and a picture to try them on."""
     content, style = smooth_picture(1, rows, columns), smooth_picture(2, rows, columns)
     whole = deepstyle.Objective(content, style, weights=untrained, **options)
-    tiled = deepstyle.TiledObjective(content, style, weights=untrained, tile=tile, **options)
+    tiled = deepstyle.Objective(content, style, weights=untrained, tile=tile, **options)
     x = deepstyle.to_input_space(content) + np.random.default_rng(3).normal(0, 20, content.shape)
     return whole, tiled, x
 
@@ -72,9 +72,9 @@ def test_tiles_cover_a_side_once_and_have_few_shapes(length, tile):
 
 def test_all_tiles_run_through_few_compiled_shapes(untrained, monkeypatch):
     traced = []
-    parts = deepstyle.TiledObjective._parts
+    parts = deepstyle.Objective._parts
     monkeypatch.setattr(
-        deepstyle.TiledObjective, "_parts", lambda self, x, *given: traced.append(x.shape) or parts(self, x, *given)
+        deepstyle.Objective, "_parts", lambda self, x, *given: traced.append(x.shape) or parts(self, x, *given)
     )
     _, tiled, x = both(untrained, 32, 371, 64)
     tiled(x)
@@ -125,7 +125,7 @@ def test_corrections_are_given_up_before_tiles_get_small(monkeypatch):
     have(monkeypatch, sum(deepstyle.needed_memory(size, 256, 5)) / GB + 0.01)
     plan = deepstyle.plan_memory(size, settings)
     assert plan[:2] == (256, 5)
-    assert "keeps 5 corrections instead of 8" in deepstyle.describe_plan(size, plan, settings)
+    assert "keeps 5 corrections instead of 8" in deepstyle.describe_plan(plan, settings)
 
 
 def test_tile_can_be_said(monkeypatch):
@@ -161,9 +161,9 @@ def test_the_network_has_to_fit_on_the_gpu_and_only_the_rest_here(monkeypatch):
 
 
 def test_a_tiled_run_paints_the_same_picture(untrained):
-    content, style = smooth_picture(1, 32, 240), smooth_picture(2, 40, 32)
+    pictures = deepstyle.Pictures(smooth_picture(1, 32, 240), (smooth_picture(2, 40, 32),))
     whole, tiled = (
-        next(deepstyle.paint(content, style, Settings(image_size=32, num_iter=1, tile=tile), untrained)).picture
+        next(deepstyle.paint(pictures, Settings(image_size=32, num_iter=1, tile=tile), untrained)).picture
         for tile in ("off", "64")
     )
     assert np.abs(whole.astype(int) - tiled).max() <= 2

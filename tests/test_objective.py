@@ -111,7 +111,7 @@ def test_targets_are_computed_once_and_no_layer_below_the_need_is_built(untraine
     assert set(dict(features(deepstyle.to_input_space(content), shallow, ["conv2_1"], "ave"))) == {"conv2_1"}
 
 
-def test_pictures_of_different_shapes_are_refused(untrained):
+def test_what_is_no_picture_is_refused(untrained):
     content, style, _ = pictures(32, 32)
-    with pytest.raises(deepstyle.UserError, match="one shape"):
-        deepstyle.Objective(content, style[:-1], weights=untrained)
+    with pytest.raises(deepstyle.UserError, match=r"the style picture's shape is \(32, 32\); it must be \(H, W, 3\)"):
+        deepstyle.Objective(content, style[..., 0], weights=untrained)

@@ -195,9 +195,8 @@ def test_an_error_in_the_objective_reaches_the_caller():
 
 
 def small_run(untrained, **options):
-    content, style = smooth_picture(1, 32, 40), smooth_picture(2, 40, 32)
-    settings = Settings(image_size=32, **options)
-    return list(deepstyle.paint(content, style, settings, untrained))
+    pictures = deepstyle.Pictures(smooth_picture(1, 32, 40), (smooth_picture(2, 40, 32),))
+    return list(deepstyle.paint(pictures, Settings(image_size=32, **options), untrained))
 
 
 def test_iterations_asked_for_are_run_and_their_numbers_agree(untrained):
@@ -232,8 +231,7 @@ def watched_run(untrained, stop_at=math.inf, **options):
     """The iterations, and (size, count, loss) of every evaluation; it is stopped after `stop_at` of them."""
     told = []
     iterations = deepstyle.paint(
-        smooth_picture(1, 64, 80),
-        smooth_picture(2, 40, 32),
+        deepstyle.Pictures(smooth_picture(1, 64, 80), (smooth_picture(2, 40, 32),)),
         Settings(image_size=64, num_iter=1, **options),
         untrained,
         on_evaluation=lambda *news: told.append(news),
@@ -273,8 +271,7 @@ def test_a_resumed_run_does_not_begin_coarse_again(untrained):
     told = []
     settings = Settings(image_size=64, num_iter=2, scales=2)
     (resumed,) = deepstyle.paint(
-        smooth_picture(1, 64, 80),
-        smooth_picture(2, 40, 32),
+        deepstyle.Pictures(smooth_picture(1, 64, 80), (smooth_picture(2, 40, 32),)),
         settings,
         untrained,
         state=iteration.state,
@@ -297,6 +294,6 @@ def test_stylize_takes_the_commands_flags_and_defaults(monkeypatch):
     monkeypatch.setattr(deepstyle, "paint", lambda *arguments: got.append(arguments) or iter(()))
     content, style = smooth_picture(1, 32, 40), smooth_picture(2, 40, 32)
     list(deepstyle.stylize(content, style, weights="random", num_iter=2, content_layer="block4_conv2"))
-    assert got[0][2] == Settings(weights="random", num_iter=2, content_layer="conv4_2")
+    assert got[0][1] == Settings(weights="random", num_iter=2, content_layer="conv4_2")
     with pytest.raises(deepstyle.UserError, match="pool_type"):
         deepstyle.stylize(content, style, pool_type="sum")

@@ -36,7 +36,7 @@ def test_style_loss_falls_twentyfold_in_three_iterations(trained):
     before = deepstyle.Objective(small, deepstyle.resize(style, size), weights=trained).evaluate(
         deepstyle.to_input_space(small)
     )
-    *_, last = deepstyle.paint(content, style, settings, trained)
+    *_, last = deepstyle.paint(deepstyle.Pictures(content, (style,)), settings, trained)
     assert last.number == 3
     assert last.style_loss < before.sum_of("style") / 20
     # A picture, not noise: it still has the photo's bright ground and dark sky.
