@@ -619,10 +619,10 @@ def read_state(base: Path, shaped_by: dict) -> State | None:
             state = State(file["x"], file["losses"], json.loads(str(file["shaped_by"])))
     except Exception as error:  # np.load and zipfile raise almost anything on a damaged file
         raise UserError(f"'{path}' is no state of a run: {error}; without --resume the run starts anew") from error
-    for name, value in shaped_by.items():
-        before = state.shaped_by.get(name, "unknown")
-        if before != value:
-            raise UserError(f"cannot resume '{path}': {name} was {before} and now is {value}")
+    for name in {**shaped_by, **state.shaped_by}:
+        before, now = (shapes.get(name, "not given") for shapes in (state.shaped_by, shaped_by))
+        if before != now:
+            raise UserError(f"cannot resume '{path}': {name} was {before} and now is {now}")
     return state
 
 
@@ -1215,7 +1215,7 @@ class Objective:
         self.weights = on_device(weights)
         self.model, self.pool_type, self.size = settings.model, settings.pool_type, content.shape[:2]
         self.tile = int(settings.tile) if settings.tile.isdigit() else None
-        masks = {name.removesuffix(" mask"): mask for name, mask in pictures.named().items() if "mask" in name}
+        masks = {name.replace(" mask", ""): mask for name, mask in pictures.named().items() if "mask" in name}
         self.losses = weighted_losses(settings, self.size, len(pictures.styles), masks)
         self.masks = self._masks_of_places(masks)
         self._differentiated = parts_and_gradient(self._parts)
@@ -1865,11 +1865,11 @@ def command_again(arguments: argparse.Namespace, settings: Settings, plan: Plan)
     """A command line that makes the same pictures: with the plan as it was, however much memory there is then."""
     masks = {name: getattr(arguments, name) for name in ("style_masks", "content_mask", "color_mask")}
     given = vars(settings) | {"tile": str(plan.tile or "off"), "history": plan.history, "max_memory": 0.0} | masks
-    given["allow_large"] = arguments.allow_large
     command = ["python", "deepstyle.py", arguments.content, *arguments.style, arguments.prefix]
     for name, value in given.items():
         if value and value != getattr(Settings, name, None):
             command += [f"--{name}", *map(str, value if isinstance(value, tuple | list) else (value,))]
+    command += ["--allow_large"] if arguments.allow_large else []
     backend = import_keras().backend.backend()
     return shlex.join(([] if backend == "tensorflow" else ["env", f"KERAS_BACKEND={backend}"]) + command)
 

@@ -29,9 +29,7 @@ def run(content, style, settings, weights, goal: float = 0.0) -> tuple[float, fl
             reached.append((seconds, loss))
 
     pictures = deepstyle.Pictures(content, (style,))
-    iterations = deepstyle.paint(
-        pictures, settings, weights, on_evaluation=on_evaluation, stop=lambda: bool(reached)
-    )
+    iterations = deepstyle.paint(pictures, settings, weights, on_evaluation=on_evaluation, stop=lambda: bool(reached))
     with contextlib.closing(iterations):
         *_, last = iterations
     seconds, loss = reached[0] if reached else (time.perf_counter() - began, last.loss)

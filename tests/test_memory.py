@@ -30,7 +30,7 @@ def assert_same(whole, tiled, x):
 @pytest.mark.parametrize("pool_type", ["ave", "max"])
 def test_tiles_change_neither_loss_nor_gradient(untrained, rows, columns, tile, pool_type):
     whole, tiled, x = both(untrained, rows, columns, tile, pool_type=pool_type)
-    assert len(list(tiled._tiles(["conv5_2"]))) > 1
+    assert len(list(tiled._tiles(tiled.size, ["conv5_2"]))) > 1
     assert_same(whole, tiled, x)
 
 
@@ -52,7 +52,7 @@ def test_a_halo_one_position_smaller_would_be_wrong(untrained, monkeypatch):
     whole, tiled, x = both(untrained, 230, 36, 32, content_weight=10.0)
     halo = deepstyle.halo
     assert [halo([name]) for name in ("conv1_1", "conv2_1", "conv4_3", "conv5_1", "conv5_3")] == [1, 4, 48, 64, 96]
-    monkeypatch.setattr(deepstyle, "halo", lambda layers: halo(layers) - 16)
+    monkeypatch.setattr(deepstyle, "halo", lambda layers, model: halo(layers) - 16)
     with pytest.raises(AssertionError):
         assert_same(whole, tiled, x)
 
@@ -79,7 +79,7 @@ def test_all_tiles_run_through_few_compiled_shapes(untrained, monkeypatch):
     _, tiled, x = both(untrained, 32, 371, 64)
     tiled(x)
     tiled(x)
-    assert len(list(tiled._tiles(["conv5_2"]))) == 6
+    assert len(list(tiled._tiles(tiled.size, ["conv5_2"]))) == 6
     assert len(traced) == 2
 
 

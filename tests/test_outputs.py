@@ -1,0 +1,256 @@
+"""What a run leaves besides its pictures: their text, animations, logs. How colours are kept, and what it begins with."""
+
+import csv
+import io
+import re
+import shlex
+import subprocess
+import sys
+
+import imageio.v3
+import numpy as np
+import pytest
+from conftest import SMALL, smooth_picture
+from PIL import Image
+
+import deepstyle
+from deepstyle import Pictures, Settings
+
+
+def run(picture_files, prefix, *flags):
+    return deepstyle.main([*picture_files, str(prefix), *SMALL, "--quiet", *map(str, flags)])
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def write_mask(path, size=(48, 64)):
+    """Black on the left, white on the right."""
+    mask = np.zeros(size, np.uint8)
+    mask[:, size[1] // 2 :] = 255
+    Image.fromarray(mask).save(path)
+    return path
+
+
+def describe(path, capsys):
+    capsys.readouterr()
+    assert deepstyle.main(["--describe", str(path)]) == 0
+    return capsys.readouterr().out
+
+
+def test_every_saves_each_nth_picture_and_the_last(picture_files, tmp_path):
+    assert run(picture_files, tmp_path / "a", "--num_iter", 5, "--every", 2) == 0
+    assert sorted(path.name for path in tmp_path.glob("a_at*")) == [f"a_at_iteration_{n}.png" for n in (2, 4, 5)]
+    # An end before --num_iter has a last one, too.
+    flags = ["--num_iter", 5, "--every", 4, "--min_improvement", 99.999]
+    assert run(picture_files, tmp_path / "b", *flags) == 0
+    assert [path.name for path in tmp_path.glob("b_at*")] == ["b_at_iteration_2.png"]
+
+
+def test_every_leaves_a_state_to_go_on_from_after_each_iteration(picture_files, tmp_path, monkeypatch):
+    saved = []
+    write_state = deepstyle.write_state
+    monkeypatch.setattr(deepstyle, "write_state", lambda base, state: saved.append(state) or write_state(base, state))
+    assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--every", 10) == 0
+    assert [state.iteration for state in saved] == [1, 2, 3]
+
+
+def test_a_picture_says_how_it_was_made_and_the_command_makes_it_again(picture_files, tmp_path, capsys):
+    mask = write_mask(tmp_path / "a mask.png")
+    flags = ["--style_masks", mask, mask, "--init_image", "noise", "--seed", 3, "--preserve_color", "--scales", 2]
+    flags += ["--image_size", 64, "--style_weight", 1, 2, "--tile", 64, "--every", 2, "--content_layer", "conv4_2"]
+    assert run([*picture_files, picture_files[0]], tmp_path / "a", *flags) == 0
+    said = describe(tmp_path / "a_at_iteration_2.png", capsys)
+    assert f"made with: deepstyle {deepstyle.__version__}" in said
+    assert "\niteration: 2\n" in said
+    assert re.search(r"\nloss: [\d.]+\n", said)
+    for name in ("content picture's", "style 1 picture's", "style 2 picture's", "style mask 2 picture's", "weights'"):
+        assert re.search(rf"\nthe {name} SHA-256: [0-9a-f]{{64}}\n", said)
+    explained, command = said.splitlines()[-2:]
+    assert explained == "this makes it again, as its iteration 2:"
+    python, script, *arguments = shlex.split(command)
+    assert (python, script) == ("python", "deepstyle.py")
+    arguments[arguments.index(str(tmp_path / "a"))] = str(tmp_path / "b")
+    subprocess.run([sys.executable, deepstyle.__file__, *arguments, "--quiet"], check=True, capture_output=True)
+    np.testing.assert_array_equal(pixels(tmp_path / "a_at_iteration_2.png"), pixels(tmp_path / "b_at_iteration_2.png"))
+
+
+def test_the_command_has_the_plan_that_was_made_and_not_the_memory_it_was_made_for(picture_files):
+    arguments = deepstyle.command_line().parse_args([*picture_files, "out", "--max_memory", "3", "--allow_large"])
+    plan = deepstyle.Plan(tile=512, history=7, needed=0, free=0)
+    command = deepstyle.command_again(arguments, Settings(max_memory=3), plan)
+    assert command.endswith(" out --history 7 --tile 512 --allow_large")
+
+
+def test_a_picture_of_a_resumed_run_does_not_claim_that_its_command_makes_it_again(picture_files, tmp_path, capsys):
+    assert run(picture_files, tmp_path / "a", "--num_iter", 1) == 0
+    assert "this makes it again" in describe(tmp_path / "a_at_iteration_1.png", capsys)
+    assert run(picture_files, tmp_path / "a", "--num_iter", 2, "--resume") == 0
+    said = describe(tmp_path / "a_at_iteration_2.png", capsys)
+    assert "comes close to it, not bit for bit" in said
+
+
+@pytest.mark.parametrize("name", ["style.png", "none.png", "text.png"])
+def test_describe_says_in_one_line_if_a_picture_tells_nothing(picture_files, tmp_path, capsys, name):
+    (tmp_path / "text.png").write_text("no picture")
+    assert deepstyle.main(["--describe", str(tmp_path / name)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("deepstyle: error: ")
+    assert said.count("\n") == 1
+    assert name in said
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "mp4"])
+def test_the_animation_begins_with_the_start_and_holds_the_last_picture(picture_files, tmp_path, kind):
+    path = tmp_path / "new" / f"a.{kind}"
+    assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--every", 3, "--animation", path) == 0
+    frames = imageio.v3.imread(path, index=None if kind == "mp4" else ...)
+    start = deepstyle.resize(deepstyle.read_picture(picture_files[0])[0], (32, 42))
+    last = pixels(tmp_path / "a_at_iteration_3.png")
+    assert frames.shape == (10 if kind == "mp4" else 4, 32, 42, 3)
+    for frame, expected in ((frames[0], start), (frames[3], last), (frames[-1], last)):
+        # Palettes and video compression change pixels, but not which picture it is.
+        assert np.corrcoef(frame.ravel(), expected.ravel())[0, 1] > 0.8
+    assert np.any(frames[0] != frames[1])
+    if kind != "mp4":
+        with Image.open(path) as animation:
+            durations = []
+            for index in range(animation.n_frames):
+                animation.seek(index)
+                animation.load()
+                durations.append(animation.info["duration"])
+        assert durations == [250, 250, 250, 2000]
+
+
+def test_a_resumed_runs_animation_has_the_pictures_before(picture_files, tmp_path):
+    assert run(picture_files, tmp_path / "a", "--num_iter", 2) == 0
+    path = tmp_path / "a.gif"
+    assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--resume", "--animation", path) == 0
+    assert len(imageio.v3.imread(path, index=...)) == 4
+
+
+def rows_of(path):
+    return list(csv.DictReader(io.StringIO(path.read_text())))
+
+
+def test_the_log_has_a_row_of_losses_for_each_iteration(picture_files, tmp_path):
+    path = tmp_path / "a.csv"
+    assert run(picture_files, tmp_path / "a", "--log", path) == 0
+    rows = rows_of(path)
+    assert [row["iteration"] for row in rows] == ["1", "2"]
+    names = ["content conv5_2", *(f"style {layer}" for layer in deepstyle.STYLE_LAYERS), "total variation"]
+    assert list(rows[0]) == ["iteration", "evaluations", "seconds", "loss", *names]
+    with np.load(tmp_path / "a_state.npz") as state:
+        for row, losses in zip(rows, state["losses"][1:], strict=True):
+            assert float(row["loss"]) == losses[0] == sum(float(row[name]) for name in names)
+    # A resumed run goes on with it, a new one begins it anew.
+    assert run(picture_files, tmp_path / "a", "--log", path, "--num_iter", 3, "--resume") == 0
+    assert [row["iteration"] for row in rows_of(path)] == ["1", "2", "3"]
+    assert rows_of(path)[:2] == rows
+    assert run(picture_files, tmp_path / "a", "--log", path, "--num_iter", 1) == 0
+    assert [row["iteration"] for row in rows_of(path)] == ["1"]
+
+
+def test_tensorboard_gets_the_losses_and_the_pictures(picture_files, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util import tensor_util
+
+    assert run(picture_files, tmp_path / "a", "--tensorboard", tmp_path / "events", "--log", tmp_path / "a.csv") == 0
+    events = EventAccumulator(str(tmp_path / "events"), size_guidance={"tensors": 0})
+    events.Reload()
+    rows = rows_of(tmp_path / "a.csv")
+    for tag, column in (("loss", "loss"), ("style/conv3_1", "style conv3_1"), ("total/variation", "total variation")):
+        written = events.Tensors(tag)
+        assert [event.step for event in written] == [1, 2]
+        for event, row in zip(written, rows, strict=True):
+            assert tensor_util.make_ndarray(event.tensor_proto) == pytest.approx(float(row[column]), rel=1e-6)
+    width, height, png, *_ = events.Tensors("picture")[1].tensor_proto.string_val
+    assert (int(width), int(height)) == (42, 32)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), pixels(tmp_path / "a_at_iteration_2.png"))
+
+
+def test_matched_styles_have_the_contents_mean_and_covariance():
+    content, style = smooth_picture(1, 40, 50) // 3 + 90, smooth_picture(2, 60, 30) // 3 + 60
+    matched = deepstyle.match_colours(style, content)
+    wanted, got = (picture.reshape(-1, 3).astype(float) for picture in (content, matched))
+    np.testing.assert_allclose(got.mean(0), wanted.mean(0), atol=0.5)
+    np.testing.assert_allclose(np.cov(got.T), np.cov(wanted.T), atol=0.02 * np.cov(wanted.T).max())
+    # It is recoloured, not replaced: what is bright stays bright.
+    assert np.corrcoef(matched.sum(2).ravel(), style.sum(2).ravel())[0, 1] > 0.5
+
+
+def test_a_grey_style_is_not_blown_up_to_noise():
+    grey = np.repeat(np.uint8(smooth_picture(2, 40, 40)[..., :1]), 3, axis=2)
+    grey[0, 0, 0] += 1  # one pixel with a little colour
+    matched = deepstyle.match_colours(grey, smooth_picture(1, 40, 40))
+    assert matched.std() < 120
+    assert np.abs(matched[0, 0].astype(int) - matched[0, 1]).max() < 60
+
+
+def test_match_recolours_the_styles_and_leaves_the_result_alone(untrained, monkeypatch):
+    shown = []
+    monkeypatch.setattr(deepstyle, "Objective", lambda content, styles, **options: shown.extend(styles))
+    pictures = Pictures(smooth_picture(1, 40, 40), (smooth_picture(2, 40, 40),))
+    settings = Settings(image_size=40, preserve_color="match")
+    deepstyle.objective_at((40, 40), pictures, settings, untrained, None)
+    np.testing.assert_array_equal(shown[0], deepstyle.match_colours(pictures.styles[0], pictures.content))
+    x = deepstyle.to_input_space(pictures.styles[0])
+    np.testing.assert_array_equal(deepstyle.finish(x, pictures.content, settings), pictures.styles[0])
+
+
+def test_luma_is_what_true_means():
+    assert Settings(preserve_color=True) == Settings(preserve_color="luma")
+    assert deepstyle.command_line().parse_args(["c", "s", "p", "--preserve_color", "luma"]).preserve_color == "luma"
+
+
+def test_the_contents_colours_are_kept_where_the_color_mask_is():
+    content, result = smooth_picture(1, 20, 30), smooth_picture(2, 20, 30)
+    mask = np.zeros((20, 30), np.uint8)
+    mask[:, 10:20], mask[:, 20:] = 128, 255
+    x = deepstyle.to_input_space(result)
+    kept = deepstyle.finish(x, content, Settings(preserve_color="luma"))
+    picture = deepstyle.finish(x, content, Settings(preserve_color="luma"), mask)
+    np.testing.assert_array_equal(picture[:, :10], result[:, :10])
+    half = (kept[:, 10:20].astype(float) * 128 + result[:, 10:20].astype(float) * 127) / 255
+    np.testing.assert_allclose(picture[:, 10:20], half, atol=0.51)
+    np.testing.assert_array_equal(picture[:, 20:], kept[:, 20:])
+
+
+def test_a_run_can_begin_with_grey_or_with_a_picture(picture_files, tmp_path):
+    content, _ = deepstyle.read_picture(picture_files[0])
+    pictures = Pictures(content, (content,))
+    start = deepstyle.from_input_space(deepstyle.start_picture(pictures, (32, 42), Settings(init_image="gray")))
+    grey = np.asarray(Image.fromarray(content).convert("L").resize((42, 32), Image.Resampling.BILINEAR))
+    for channel in range(3):
+        np.testing.assert_allclose(start[..., channel].astype(int), grey, atol=1)
+    settings = Settings(init_image=picture_files[1], image_size=32, weights="random", num_iter=1)
+    pictures = Pictures(content, (content,), start=deepstyle.read_start(settings))
+    start = deepstyle.from_input_space(deepstyle.start_picture(pictures, (32, 42), settings))
+    np.testing.assert_array_equal(start, deepstyle.resize(deepstyle.read_picture(picture_files[1])[0], (32, 42)))
+
+
+@pytest.mark.parametrize("start", ["gray", "style.png"])
+def test_the_start_decides_what_is_painted(picture_files, tmp_path, start):
+    started = start if start == "gray" else picture_files[1]
+    assert run(picture_files, tmp_path / "a", "--num_iter", 1, "--init_image", started) == 0
+    assert run(picture_files, tmp_path / "b", "--num_iter", 1) == 0
+    assert np.any(pixels(tmp_path / "a_at_iteration_1.png") != pixels(tmp_path / "b_at_iteration_1.png"))
+
+
+def test_stylize_takes_several_styles_and_masks(picture_files, tmp_path):
+    mask = write_mask(tmp_path / "mask.png")
+    assert run([*picture_files, picture_files[0]], tmp_path / "a", "--style_masks", mask, mask, "--num_iter", 1) == 0
+    content, style = (deepstyle.read_picture(path)[0] for path in picture_files)
+    options = {"style_masks": [np.asarray(Image.open(mask))] * 2, "weights": "random", "image_size": 32, "num_iter": 1}
+    (iteration,) = deepstyle.stylize(content, [style, content], **options)
+    np.testing.assert_array_equal(iteration.picture, pixels(tmp_path / "a_at_iteration_1.png"))
+
+
+def test_resume_refuses_another_mask(picture_files, tmp_path, capsys):
+    mask, other = write_mask(tmp_path / "mask.png"), write_mask(tmp_path / "other.png", (10, 10))
+    assert run(picture_files, tmp_path / "a", "--num_iter", 1, "--content_mask", mask) == 0
+    assert run(picture_files, tmp_path / "a", "--resume", "--content_mask", other) == 2
+    assert "the content mask picture's SHA-256 was" in capsys.readouterr().err
+    assert run(picture_files, tmp_path / "a", "--resume") == 2
+    assert "cannot resume" in capsys.readouterr().err
