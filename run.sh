@@ -6,6 +6,7 @@ set -eu
 usage() {
     cat <<'END'
 usage: sh run.sh CONTENT STYLE [OUTDIR] [flags for deepstyle.py ...]
+       sh run.sh CONTENT STYLE STYLE ... OUTDIR [flags for deepstyle.py ...]
        sh run.sh --setup
 
 CONTENT and STYLE are pictures, looked for as given and then in images/.
@@ -109,12 +110,29 @@ case ${1:-} in
     --setup) find_python; printf '%s\n' "$python"; exit ;;
     -h | --help) usage; exit ;;
 esac
-if [ $# -lt 2 ] || is_flag "$1" || is_flag "$2"; then wrong_arguments; fi
-find_picture "$1"; content=$picture
-find_picture "$2"; style=$picture
-shift 2
-outdir=$here/result_image
-if [ $# -gt 0 ] && ! is_flag "$1"; then outdir=$1; shift; fi
-if [ $# -gt 0 ] && ! is_flag "$1"; then wrong_arguments; fi
+given=0 # arguments before the first flag; of more than two, the last is OUTDIR
+for argument; do
+    if is_flag "$argument"; then break; fi
+    given=$((given + 1))
+done
+if [ $given -lt 2 ]; then wrong_arguments; fi
+# Every argument moves to the end of the list, as it is passed on: then all are in their order again.
+number=0
+for argument; do
+    number=$((number + 1))
+    shift
+    find_picture "$argument"
+    if [ $number -gt $given ]; then
+        set -- "$@" "$argument"
+    elif [ $number -le 2 ] || [ $number -lt $given ]; then
+        set -- "$@" "$picture"
+    elif [ -f "$picture" ]; then
+        say "'$argument' is a file, not a folder; behind several styles name OUTDIR"
+        exit 2
+    else
+        set -- "$@" "$argument/"
+    fi
+    if [ $number -eq $given ] && [ $given -eq 2 ]; then set -- "$@" "$here/result_image/"; fi
+done
 find_python
-exec "$python" "$here/deepstyle.py" "$content" "$style" "$outdir/" "$@"
+exec "$python" "$here/deepstyle.py" "$@"

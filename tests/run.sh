@@ -3,7 +3,7 @@
 set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 python=$(sh "$here/../run.sh" --setup)
-"$python" -c 'import hypothesis, jax, pytest, ruff, xdist' 2>/dev/null ||
+"$python" -c 'import hypothesis, imageio_ffmpeg, jax, pytest, ray, ruff, tensorboard, xdist' 2>/dev/null ||
     "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
 cd "$here/.."
 exec "$python" -m pytest -n 2 --dist worksteal "$@"

@@ -1,4 +1,4 @@
-"""What a run leaves besides its pictures: their text, animations, logs. How colours are kept, and what it begins with."""
+"""What a run leaves besides its pictures: their text, animations, logs. How colours are kept, what it begins with."""
 
 import csv
 import io

@@ -127,6 +127,18 @@ def test_picture_is_looked_for_as_given_and_then_in_images(clone, tmp_path):
     assert out == f"ran: {clone}/deepstyle.py shipped.jpg none.jpg out dir/\n"
 
 
+def test_of_more_than_two_arguments_the_last_is_the_folder(clone):
+    _, out, _, _ = run(
+        clone, "a.jpg", "shipped.jpg", "c d.jpg", "shipped.jpg", "out dir", "--style_weight", "1", "2", "3"
+    )
+    shipped = f"{clone}/images/shipped.jpg"
+    expected = f"ran: {clone}/deepstyle.py a.jpg {shipped} c d.jpg {shipped} out dir/ --style_weight 1 2 3\n"
+    assert out == expected
+    status, out, err, log = run(clone, "a.jpg", "b.jpg", "shipped.jpg")
+    assert (status, out, log) == (2, "", "")
+    assert err == "run.sh: 'shipped.jpg' is a file, not a folder; behind several styles name OUTDIR\n"
+
+
 def test_flags_and_the_programs_status_are_passed_on(clone):
     status, out, _, _ = run(clone, "a.jpg", "b.jpg", "--num_iter", "3", STATUS="3")
     assert status == 3
@@ -136,7 +148,7 @@ def test_flags_and_the_programs_status_are_passed_on(clone):
     assert out.endswith("out/ --quiet\n")
 
 
-@pytest.mark.parametrize("arguments", [[], ["a"], ["--num_iter", "3"], ["a", "--quiet"], ["a", "b", "c", "d"]])
+@pytest.mark.parametrize("arguments", [[], ["a"], ["--num_iter", "3"], ["a", "--quiet"]])
 def test_wrong_number_of_arguments_gets_the_usage(clone, arguments):
     status, out, err, log = run(clone, *arguments)
     assert (status, out, log) == (2, "", "")

@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Paint a list of pictures on all machines of a Ray cluster, or on this one alone.
+
+    python examples/many_pictures.py jobs.txt results --image_size 400 --workers 2
+
+A line of jobs.txt is "CONTENT STYLE", paths without spaces that each machine can read; the last picture of line n
+becomes results/n.png. A job that fails is reported at the end, and does not stop the others.
+Needs the package ray. On a cluster that is running, set RAY_ADDRESS=auto; it decides how many jobs run at a time.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import ray
+
+FOLDER = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(FOLDER))
+
+
+def paint(content: str, style: str, out: str, threads: int, options: dict) -> str:
+    """One job, in a process of its own: `out` is its last picture, and is returned."""
+    os.environ["TF_NUM_INTRAOP_THREADS"] = str(threads)
+    sys.path.insert(0, str(FOLDER))
+    from PIL import Image
+
+    import deepstyle
+
+    pictures = (deepstyle.read_picture(path)[0] for path in (content, style))
+    *_, last = deepstyle.stylize(*pictures, **options)
+    Image.fromarray(last.picture).save(out)
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("jobs", type=Path, help="a text file, a line per picture: CONTENT STYLE")
+    parser.add_argument("results", type=Path, help="the folder for the pictures")
+    parser.add_argument("--workers", type=int, default=1, help="jobs at a time on this machine, which share its cores")
+    parser.add_argument("--image_size", type=int, default=400)
+    parser.add_argument("--num_iter", type=int, default=10)
+    parser.add_argument("--weights")
+    arguments = parser.parse_args(argv)
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    options = {name: getattr(arguments, name) for name in ("image_size", "num_iter", "weights")}
+    threads = max(1, os.cpu_count() // arguments.workers)
+    here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": arguments.workers, "include_dashboard": False}
+    with ray.init(**here):
+        task = ray.remote(num_cpus=1, max_calls=1)(paint)
+        running, failed = {}, 0
+        for number, line in enumerate(arguments.jobs.read_text().splitlines(), 1):
+            content, style = (str(Path(path).resolve()) for path in line.split())
+            out = str((arguments.results / f"{number}.png").resolve())
+            running[task.remote(content, style, out, threads, options)] = line
+        while running:
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            line = running.pop(done)
+            try:
+                print(ray.get(done), flush=True)
+            except ray.exceptions.RayTaskError as error:
+                failed += 1
+                print(f"failed: {line}: {error.cause}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""The programs in examples/, run as their texts say."""
+
+import subprocess
+import sys
+
+import numpy as np
+from conftest import IMAGES
+from PIL import Image
+
+import deepstyle
+
+
+def test_ray_paints_a_list_of_pictures_with_two_workers(picture_files, tmp_path):
+    content, style = picture_files
+    (tmp_path / "jobs.txt").write_text(f"{content} {style}\n{content} {content}\nnone.jpg {style}\n")
+    script = IMAGES.parent / "examples" / "many_pictures.py"
+    flags = ["--workers", "2", "--image_size", "32", "--num_iter", "1", "--weights", "random"]
+    command = [sys.executable, str(script), "jobs.txt", "results", *flags]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1, ended.stderr
+    assert f"failed: none.jpg {style}: cannot read the picture" in ended.stderr
+    assert sorted(ended.stdout.split()) == [str(tmp_path / "results" / f"{n}.png") for n in (1, 2)]
+    for number, pair in ((1, picture_files), (2, [content, content])):
+        pictures = (deepstyle.read_picture(path)[0] for path in pair)
+        (expected,) = deepstyle.stylize(*pictures, image_size=32, num_iter=1, weights="random")
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "results" / f"{number}.png")), expected.picture)
