@@ -731,8 +731,10 @@ def needed_memory(
     pixels = math.prod(size)
     layers = CHANNELS[model]
     computed = math.prod(min(side, tile + 2 * halo(layers, model)) for side in size) if tile else pixels
-    # Of VGG16's features, 270 numbers a pixel, 7.6 bytes a number are there at once.
-    computing = 150e6 + 7.6 * sum(channels / stride(name) ** 2 for name, channels in layers.items()) * computed
+    # Of VGG16's features, 270 numbers a pixel, 7.6 bytes a number are there at once; of tiles more, since their shapes
+    # differ, and what one leaves does not fit the next.
+    numbers = computed * sum(channels / stride(name) ** 2 for name, channels in layers.items())
+    computing = 150e6 + (11.4 if tile else 7.6) * numbers
     # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top.
     rest = 670e6 + 3 * 8 * (2 * history + 5 + 11) * pixels
     return computing, rest

@@ -23,4 +23,5 @@ def test_ray_paints_a_list_of_pictures_with_two_workers(picture_files, tmp_path)
     for number, pair in ((1, picture_files), (2, [content, content])):
         pictures = (deepstyle.read_picture(path)[0] for path in pair)
         (expected,) = deepstyle.stylize(*pictures, image_size=32, num_iter=1, weights="random")
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "results" / f"{number}.png")), expected.picture)
+        got = np.asarray(Image.open(tmp_path / "results" / f"{number}.png")).astype(int)
+        assert np.abs(got - expected.picture).max() <= 2  # with fewer threads, sums are rounded in another order
