@@ -129,10 +129,10 @@ class Settings:
             value = getattr(self, field.name)
             if isinstance(field.default, tuple):
                 value = tuple(value) if isinstance(value, list | tuple) else (value,)
-                if "LAYER" in field.metadata["metavar"] and len({*value}) < len(value):
-                    raise UserError(f"--{field.name} names a layer twice: {words(value)}")
-                if "LAYER" in field.metadata["metavar"]:
+                if field.metadata["metavar"] == "LAYER":
                     value = tuple(layer_name(f"--{field.name}", name, self.model) for name in value)
+                    if len({*value}) < len(value):
+                        raise UserError(f"--{field.name} names a layer twice: {words(value)}")
                 put(field.name, value)
             least = 1 if field.name in ("image_size", "num_iter", "scales", "history") else 0
             for one in value if isinstance(value, tuple) else (value,):
@@ -200,7 +200,12 @@ def on_off(text: str) -> bool:
 
 def colours(text: str) -> bool | str:
     """The value of --preserve_color. Raises ArgumentTypeError, which argparse reports."""
-    return text if text in ("luma", "match") else on_off(text)
+    if text in ("luma", "match"):
+        return text
+    try:
+        return on_off(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected luma, match, True or False, not '{text}'") from None
 
 
 def number(kind: type, text: str) -> int | float:
@@ -1898,8 +1903,8 @@ def input_paths(arguments: argparse.Namespace, settings: Settings) -> list[str |
 
 
 def extra_paths(arguments: argparse.Namespace) -> list[Path]:
-    """The files that are written besides the pictures and the state."""
-    return [Path(path) for path in (arguments.animation, arguments.log) if path]
+    """What is written besides the pictures and the state."""
+    return [Path(path) for path in (arguments.animation, arguments.log, arguments.tensorboard) if path]
 
 
 def check_extras(arguments: argparse.Namespace) -> None:

@@ -26,7 +26,8 @@ ROWS = [
     ([], "the following arguments are required: CONTENT, STYLE, PREFIX"),
     (["good.png"], "required: STYLE, PREFIX"),
     (["good.png", "style.png"], "required: PREFIX"),
-    ([*RUN, "more.png"], "unrecognized arguments: more.png"),
+    ([*RUN, "more.png"], "cannot read the picture 'out/a': No such file"),
+    ([*RUN, "--quiet", "more.png"], "unrecognized arguments: more.png"),
     ([*RUN, "--imagesize", "64"], "unrecognized arguments: --imagesize"),
     ([*RUN, "--image_size"], "--image_size: expected one argument"),
     ([*RUN, "--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
@@ -72,7 +73,43 @@ ROWS = [
     ([*RUN, "--pool_type", "avg"], "--pool_type is 'avg'; it must be one of ave, max; did you mean ave?"),
     ([*RUN, "--init_image", "noisy"], "must be one of content, noise, gray, a picture's path; did you mean noise?"),
     ([*RUN, "--rescale_method", "biliner"], "nearest, bilinear, bicubic, cubic; did you mean bilinear?"),
-    ([*RUN, "--preserve_color", "maybe"], "expected True or False (or yes, no, 1, 0), not 'maybe'"),
+    ([*RUN, "--preserve_color", "maybe"], "expected luma, match, True or False, not 'maybe'"),
+    ([*RUN, "--rescale_image", "maybe"], "expected True or False (or yes, no, 1, 0), not 'maybe'"),
+    ([*RUN, "--model", "vgg18"], "--model is 'vgg18'; it must be one of vgg16, vgg19; did you mean"),
+    ([*RUN, "--style_fit", "crop"], "--style_fit is 'crop'; it must be one of stretch, keep"),
+    ([*RUN, "--style_layers", "conv1_1", "conv9_1"], "--style_layers is 'conv9_1'; it must be one of conv1_1,"),
+    ([*RUN, "--style_layers", "conv1_1", "block1_conv1"], "--style_layers names a layer twice: conv1_1 conv1_1"),
+    # several styles, masks, and what else goes with a style
+    ([*RUN[:2], "none.jpg", "out/a"], "cannot read the picture 'none.jpg'"),
+    ([*RUN, "--style_weight", "1", "2"], "--style_weight has 2 weights for 1 styles; give one, or one for each"),
+    ([*RUN, "--style_weight", "1", "x"], "--style_weight: expected a number, not 'x'"),
+    (
+        [*RUN, "--style_layer_weights", "1", "2"],
+        "--style_layer_weights are 1.0 2.0; there must be one, or one for each",
+    ),
+    ([*RUN, "--style_layer_weights", "0"], "and not all 0"),
+    ([*RUN, "--style_size", "31"], "a style picture would have 31 x 41 pixels beside 400 x 533, but needs at least 32"),
+    ([*RUN, "--style_size", "-1"], "--style_size is -1; it must be 0 or more"),
+    ([*RUN, "--content_loss_type", "3"], "--content_loss_type is '3'; it must be one of 0, 1, 2"),
+    ([*RUN, "--style_masks", "good.png", "good.png"], "there are 2 style masks for 1 styles; give one for each"),
+    ([*RUN, "--style_masks", "none.png"], "cannot read the picture 'none.png'"),
+    ([*RUN, "--style_masks", "black.png"], "the style mask is all black, so nothing is left"),
+    ([*RUN, "--content_mask", "black.png"], "the content mask is all black"),
+    (
+        [*RUN, "--color_mask", "good.png"],
+        "--color_mask says where --preserve_color luma applies; give that flag as well",
+    ),
+    ([*RUN, "--color_mask", "good.png", "--preserve_color", "match"], "--color_mask says where"),
+    ([*RUN, "--init_image", "folder"], "cannot read the picture 'folder': Is a directory"),
+    # what is saved besides
+    ([*RUN, "--every", "0"], "--every is 0; it must be 1 or more"),
+    ([*RUN, "--animation", "a.avi"], "--animation is 'a.avi'; its name must end in .gif or .webp or .mp4"),
+    ([*RUN, "--animation", "text.jpg/a.gif"], "cannot make the folder 'text.jpg'"),
+    ([*RUN, "--log", "a.txt"], "--log is 'a.txt'; its name must end in .csv"),
+    ([*RUN, "--tensorboard", "text.jpg/events"], "cannot make the folder 'text.jpg'"),
+    (["good.gif", *RUN[1:], "--animation", "./good.gif"], "'good.gif' is an input, and would be written over"),
+    (["--describe", "good.png"], "'good.png' does not say how it was made"),
+    (["--describe"], "--describe: expected one argument"),
     # pictures
     (["none.jpg", *RUN[1:]], "cannot read the picture 'none.jpg': No such file or directory"),
     ([RUN[0], "none.jpg", RUN[2]], "cannot read the picture 'none.jpg': No such file or directory"),
@@ -116,6 +153,8 @@ ROWS = [
     ([*RUN, "--weights", "other.h5"], "'other.h5' does not hold VGG16's ImageNet weights: SHA-256"),
     ([*RUN, "--weights", "nan.h5"], "'nan.h5' holds numbers that are not finite"),
     ([*RUN, "--weights", "zip.whl"], "'zip.whl' is damaged, or no file of VGG16 weights"),
+    ([*RUN, "--model", "vgg19", "--weights", "other.h5"], "'other.h5' is damaged, or no file of VGG19 weights"),
+    ([*RUN, "--model", "vgg19", "--weights", "other19.h5"], "'other19.h5' does not hold VGG19's ImageNet weights: MD5"),
 ]
 
 
@@ -127,6 +166,7 @@ def folder(tmp_path_factory, untrained):
     for name in ("good.png", "style.png", "p_at_iteration_3.png", "cut.png"):
         good.save(folder / name)
     good.save(folder / "cut.jpg")
+    good.save(folder / "good.gif")
     for name in ("cut.png", "cut.jpg"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[: len(content) // 2])
@@ -137,9 +177,11 @@ def folder(tmp_path_factory, untrained):
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "linked.png").symlink_to("p_at_iteration_3.png")
     sizes = {"dot": (1, 1), "tall": (20, 2000), "wide": (2000, 20), "bomb": (20000, 20000), "warned": (10000, 9000)}
+    sizes["black"] = (30, 30)
     for name, size in sizes.items():
         Image.new("1", size).save(folder / f"{name}.png")
     networks = {"other.h5": untrained, "small.h5": {"conv1_1": untrained["conv1_1"]}}
+    networks["other19.h5"] = deepstyle.random_weights(0, "vgg19")
     networks["nan.h5"] = untrained | {"conv3_2": (untrained["conv3_2"][0], np.full(256, np.nan, np.float32))}
     for name, network in networks.items():
         with h5py.File(folder / name, "w") as file:

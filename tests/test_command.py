@@ -41,6 +41,12 @@ def test_defaults_are_the_ones_people_know():
     )
 
 
+def test_help_fits_on_two_screens(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert deepstyle.main(["--help"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) <= 2 * 48
+
+
 @pytest.mark.parametrize("flag", ["preserve_color", "rescale_image", "maintain_aspect_ratio"])
 def test_on_off_flags_take_many_spellings_and_alone_mean_true(flag):
     for text in ("True", "true", "yes", "1"):

@@ -170,6 +170,18 @@ def test_tensorboard_gets_the_losses_and_the_pictures(picture_files, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), pixels(tmp_path / "a_at_iteration_2.png"))
 
 
+@pytest.mark.parametrize(
+    ("flags", "package"), [(["--animation", "a.mp4"], "imageio-ffmpeg"), (["--tensorboard", "events"], "tensorboard")]
+)
+def test_a_package_that_is_missing_is_named_before_the_start(
+    picture_files, tmp_path, capsys, monkeypatch, flags, package
+):
+    monkeypatch.setattr(deepstyle.importlib.util, "find_spec", lambda name: None)
+    assert run(picture_files, tmp_path / "a", *flags) == 2
+    assert f"needs the package {package}" in capsys.readouterr().err
+    assert not list(tmp_path.glob("a*"))
+
+
 def test_matched_styles_have_the_contents_mean_and_covariance():
     content, style = smooth_picture(1, 40, 50) // 3 + 90, smooth_picture(2, 60, 30) // 3 + 60
     matched = deepstyle.match_colours(style, content)
