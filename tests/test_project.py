@@ -1,8 +1,10 @@
 """What is written beside the code agrees with it."""
 
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import IMAGES
@@ -12,28 +14,46 @@ import deepstyle
 
 ROOT = IMAGES.parent
 README = (ROOT / "README.md").read_text()
+LOOKS = (ROOT / "docs" / "looks.md").read_text()
 
 
 def test_the_readmes_table_has_every_flag_with_its_default():
-    table = dict(re.findall(r"^\| `--(\w+)` \| (\S*) ?\| .*\|$", README, re.MULTILINE))
+    table = dict(re.findall(r"^\| `--(\w+)` \| (.*?) ?\| .*\|$", README, re.MULTILINE))
     defaults = vars(deepstyle.command_line().parse_args(["CONTENT", "STYLE", "PREFIX"]))
     flags = {name: value for name, value in defaults.items() if name not in ("content", "style", "prefix")}
     assert flags.keys() == table.keys()
     for name, value in flags.items():
-        assert table[name] == ("" if value is None or name not in vars(deepstyle.Settings()) else str(value))
+        assert table[name] == (
+            "" if value is None or name not in vars(deepstyle.Settings()) else deepstyle.words(value)
+        )
 
 
-def test_the_readmes_pictures_exist():
-    shown = re.findall(r"!\[.*?\]\((.*?)\)", README)
-    assert len(shown) >= 6
+@pytest.mark.parametrize(("page", "pictures"), [("README.md", 6), ("docs/looks.md", 18)])
+def test_the_pictures_that_are_shown_exist(page, pictures):
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / page).read_text())
+    assert len(shown) >= pictures
     for path in shown:
-        Image.open(ROOT / path).verify()
+        Image.open((ROOT / page).parent / path).verify()
+
+
+def test_the_commands_beside_the_pictures_are_right():
+    commands = re.findall(r"^    sh run.sh (.*)$", LOOKS, re.MULTILINE)
+    assert len(commands) >= 17
+    for command in commands:
+        arguments = deepstyle.command_line().parse_args(shlex.split(command))
+        settings = deepstyle.Settings(**{name: getattr(arguments, name) for name in vars(deepstyle.Settings())})
+        given = [arguments.content, *arguments.style]
+        masks = [*arguments.style_masks, arguments.content_mask, arguments.color_mask]
+        paths = [ROOT / "images" / name for name in given] + [ROOT / name for name in masks if name]
+        assert all(path.exists() for path in paths)
+        assert settings.image_size == 200
+        assert f"](looks/{Path(arguments.prefix).name}." in LOOKS
 
 
 def test_every_shipped_picture_has_its_source():
     table = (IMAGES / "SOURCES.md").read_text()
-    for path in IMAGES.glob("*.jpg"):
-        assert f"| {path.name} |" in table
+    for path in (*IMAGES.glob("*.jpg"), *IMAGES.glob("*.png")):
+        assert re.search(rf"\| ([^|]+, )?{path.name}(, [^|]+)? \|", table)
 
 
 @pytest.mark.parametrize("check", [["check"], ["format", "--check"]])
