@@ -1142,18 +1142,13 @@ class Tile(NamedTuple):
 def cut(length: int, tile: int, halo: int) -> list[tuple[slice, slice]]:
     """(own, window) of the tiles along a side: as few as can be with at most `tile` pixels, about equal.
 
-    Own parts start at multiples of 16, where every pooling does. A window reaches `halo` beyond its own part, but is
-    moved so that it ends at the picture's border where it would cross it: padding with zeros is for that border only.
-    So windows have at most two lengths, and the backend at most two by two shapes to compile.
+    Own parts start at multiples of 16, where every pooling does. A window reaches `halo` beyond its own part, but not
+    beyond the picture's border: padding with zeros is for that border only. So windows of tiles that are larger than
+    the halo have at most four lengths, and the backend few shapes to compile.
     """
     own = -(-length // math.ceil(length / (tile // 16 * 16)) // 16) * 16
-    last = max(0, (length - own - 2 * halo) // 16 * 16)
-    cuts = []
-    for start in range(0, length, own):
-        first = min(max(0, start - halo), last)
-        end = length if first == last else first + own + 2 * halo
-        cuts.append((slice(start, min(start + own, length)), slice(first, end)))
-    return cuts
+    parts = [slice(start, min(start + own, length)) for start in range(0, length, own)]
+    return [(part, slice(max(0, part.start - halo), min(part.stop + halo, length))) for part in parts]
 
 
 def layer_of(place: str) -> str:
