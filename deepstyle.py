@@ -576,7 +576,7 @@ def tensorboard_log(folder: str) -> Callable:
     def log(iteration: "Iteration") -> None:
         with writer.as_default(step=iteration.number):
             for name, value in {"loss": iteration.loss, **iteration.parts}.items():
-                tf.summary.scalar(name.replace(" ", "/", 1), value)
+                tf.summary.scalar(name.replace(" conv", "/conv"), value)  # grouped by what is before the slash
             tf.summary.image("picture", iteration.picture[None])
         writer.flush()
 
