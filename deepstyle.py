@@ -1667,10 +1667,6 @@ def objective_at(
     size: tuple[int, int], pictures: Pictures, settings: Settings, weights: Weights, tile: int | None
 ) -> Objective:
     """The objective for the pictures resized for (rows, columns), whole or in tiles."""
-    # A content loss is a sum over positions and a style loss nearly a mean, so at coarse sizes the photo would be lost.
-    finer = math.prod(picture_sizes(pictures.content.shape, settings)[-1]) / math.prod(size)
-    balanced = settings.content_weight * finer ** (1 - settings.content_loss_type / 2)
-    settings = dataclasses.replace(settings, content_weight=balanced)
     content = resize(pictures.content, size)
     shapes = style_sizes(pictures.styles, size, settings)
     styles = [resize(style, shape) for style, shape in zip(pictures.styles, shapes, strict=True)]

@@ -216,18 +216,6 @@ def test_content_loss_types_are_three_factors(untrained):
     assert parts[2] / parts[0] == pytest.approx(1 / size, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", [0, 1, 2])
-def test_the_content_counts_as_much_at_a_coarse_size_as_in_full_size(untrained, kind):
-    settings = Settings(image_size=64, scales=2, content_loss_type=kind)
-    pictures = deepstyle.Pictures(picture(1, (64, 64)), (picture(2),))
-    coarse, full = (
-        deepstyle.objective_at((rows, rows), pictures, settings, untrained, None).losses[0].weight for rows in (32, 64)
-    )
-    channels, pixels = 512, 64 * 64
-    assert full == pytest.approx(0.025 * [1, 1 / (2 * math.sqrt(channels * pixels)), 1 / (channels * pixels)][kind])
-    assert coarse == pytest.approx(4 * full)  # a quarter of the positions
-
-
 def test_vgg19_has_its_own_layers(untrained):
     weights, _ = deepstyle.load_weights("random", model="vgg19")
     assert len(weights) == 16
