@@ -631,14 +631,18 @@ def read_state(base: Path, shaped_by: dict) -> State | None:
     return state
 
 
-def clear_the_way(base: Path, overwrite: bool) -> str:
-    """Move an earlier run's files together into <base>_earlier_<n>/, or remove them; says so if it did."""
+def clear_the_way(base: Path, extras: list[Path], overwrite: bool) -> str:
+    """Move an earlier run's files together into <base>_earlier_<n>/, or remove them; says so if it did.
+
+    `extras` are files that may not be of a run with this base; they are in the way all the same.
+    """
     there = list(base.parent.iterdir())
     for path in there:  # what a killed run was writing
         if path.suffix == ".part" and is_of_run(path.with_name(path.stem[1:]), base):
             path.unlink()
     # The state goes first: if we are killed on the way, nothing is left that could be gone on with.
     earlier = sorted((path for path in there if is_of_run(path, base)), key=lambda path: path.suffix != ".npz")
+    earlier += [path for path in extras if path.is_file()]
     if not earlier:
         return ""
     if overwrite:
@@ -649,7 +653,7 @@ def clear_the_way(base: Path, overwrite: bool) -> str:
     folder = Path(f"{base}_earlier_{number}")
     folder.mkdir()
     for path in earlier:
-        path.rename(folder / path.name)
+        shutil.move(path, folder / path.name)
     return f"moved the {len(earlier)} files of an earlier run to {folder}"
 
 
@@ -1796,7 +1800,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     try:
         for path in (base, *extra_paths(arguments)):
             path.parent.mkdir(parents=True, exist_ok=True)
-        moved = "" if state else clear_the_way(base, arguments.overwrite)
+        moved = "" if state else clear_the_way(base, extra_paths(arguments), arguments.overwrite)
     except OSError as error:
         raise UserError(f"cannot write in the folder '{path.parent}': {error.strerror}") from error
     from rich.console import Console
@@ -1910,8 +1914,10 @@ def check_extras(arguments: argparse.Namespace) -> None:
         ("--animation", arguments.animation, (".gif", ".webp", ".mp4")),
         ("--log", arguments.log, (".csv",)),
     ):
-        if path and Path(path).suffix not in kinds:
-            raise UserError(f"{flag} is '{path}'; its name must end in {' or '.join(kinds)}")
+        if path and (Path(path).suffix not in kinds or Path(path).is_dir()):
+            raise UserError(f"{flag} is '{path}'; it must be a file whose name ends in {' or '.join(kinds)}")
+    if arguments.tensorboard and Path(arguments.tensorboard).is_file():
+        raise UserError(f"--tensorboard is '{arguments.tensorboard}', which is a file; it must be a folder")
     needs = [("imageio_ffmpeg", "imageio-ffmpeg")] if str(arguments.animation).endswith(".mp4") else []
     needs += [("tensorboard", "tensorboard")] if arguments.tensorboard else []
     for module, package in needs:

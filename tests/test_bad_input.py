@@ -103,9 +103,13 @@ ROWS = [
     ([*RUN, "--init_image", "folder"], "cannot read the picture 'folder': Is a directory"),
     # what is saved besides
     ([*RUN, "--every", "0"], "--every is 0; it must be 1 or more"),
-    ([*RUN, "--animation", "a.avi"], "--animation is 'a.avi'; its name must end in .gif or .webp or .mp4"),
+    (
+        [*RUN, "--animation", "a.avi"],
+        "--animation is 'a.avi'; it must be a file whose name ends in .gif or .webp or .mp4",
+    ),
     ([*RUN, "--animation", "text.jpg/a.gif"], "cannot make the folder 'text.jpg'"),
-    ([*RUN, "--log", "a.txt"], "--log is 'a.txt'; its name must end in .csv"),
+    ([*RUN, "--log", "a.txt"], "--log is 'a.txt'; it must be a file whose name ends in .csv"),
+    ([*RUN, "--tensorboard", "text.jpg"], "--tensorboard is 'text.jpg', which is a file; it must be a folder"),
     ([*RUN, "--tensorboard", "text.jpg/events"], "cannot make the folder 'text.jpg'"),
     (["good.gif", *RUN[1:], "--animation", "./good.gif"], "'good.gif' is an input, and would be written over"),
     (["--describe", "good.png"], "'good.png' does not say how it was made"),

@@ -77,7 +77,7 @@ def test_only_files_of_the_same_prefix_are_moved(picture_files, tmp_path):
     for name in others:
         (tmp_path / name).touch()
     (tmp_path / "a_at_iteration_7.png").touch()
-    assert deepstyle.clear_the_way(tmp_path / "a", overwrite=False) != ""
+    assert deepstyle.clear_the_way(tmp_path / "a", [], overwrite=False) != ""
     assert names(tmp_path / "a_earlier_1") == ["a_at_iteration_7.png"]
     assert set(others) < set(names(tmp_path))
 
@@ -85,7 +85,7 @@ def test_only_files_of_the_same_prefix_are_moved(picture_files, tmp_path):
 def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path):
     for name in (".a_at_iteration_7.png.part", ".a_state.npz.part", ".b_at_iteration_7.png.part"):
         (tmp_path / name).touch()
-    assert deepstyle.clear_the_way(tmp_path / "a", overwrite=False) == ""
+    assert deepstyle.clear_the_way(tmp_path / "a", [], overwrite=False) == ""
     assert names(tmp_path) == [".b_at_iteration_7.png.part"]
 
 

@@ -152,6 +152,16 @@ def test_the_log_has_a_row_of_losses_for_each_iteration(picture_files, tmp_path)
     assert [row["iteration"] for row in rows_of(path)] == ["1"]
 
 
+def test_an_earlier_runs_log_and_animation_are_moved_aside_with_its_pictures(picture_files, tmp_path):
+    flags = ["--log", tmp_path / "logs" / "a.csv", "--animation", tmp_path / "a.gif", "--num_iter", 1]
+    for _ in range(2):
+        assert run(picture_files, tmp_path / "a", *flags) == 0
+    earlier = sorted(path.name for path in (tmp_path / "a_earlier_1").iterdir())
+    assert earlier == ["a.csv", "a.gif", "a_at_iteration_1.png", "a_state.npz"]
+    assert run(picture_files, tmp_path / "a", *flags, "--overwrite") == 0
+    assert not (tmp_path / "a_earlier_2").exists()
+
+
 def test_tensorboard_gets_the_losses_and_the_pictures(picture_files, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util import tensor_util
