@@ -726,8 +726,9 @@ def plan_memory(size: tuple[int, int], settings: Settings) -> Plan:
         large = [None, *(side for side in sides if side >= 512)]
         small = [*(side for side in sides if side < 512), smallest]
     histories = range(settings.history, fewest - 1, -1)
-    ways = [*itertools.product(histories, large), *itertools.product(histories, small)]
-    return next(plan for history, tile in ways if (plan := fitting(size, tile, history)))
+    ways = [(tile, history) for history in histories for tile in large]
+    ways += [(tile, history) for tile in small for history in histories]
+    return next(plan for tile, history in ways if (plan := fitting(size, tile, history)))
 
 
 def needed_memory(
@@ -743,7 +744,7 @@ def needed_memory(
     # Of VGG16's features, 270 numbers a pixel, 7.6 bytes a number are there at once; of tiles more, since their shapes
     # differ, and what one leaves does not fit the next.
     numbers = computed * sum(channels / stride(name) ** 2 for name, channels in layers.items())
-    computing = 150e6 + (11.4 if tile else 7.6) * numbers
+    computing = 150e6 + (13 if tile else 7.6) * numbers
     # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top.
     rest = 670e6 + 3 * 8 * (2 * history + 5 + 11) * pixels
     return computing, rest
