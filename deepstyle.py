@@ -17,6 +17,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import gc
 import hashlib
 import importlib.util
 import itertools
@@ -1215,6 +1216,8 @@ class Objective:
         weights: Weights | str | None = Settings.weights,
         **options,
     ):
+        # An earlier Objective is referred to by its own compiled function, and would stay, with 120 MB of weights.
+        gc.collect()
         settings = Settings(**options)
         pictures = Pictures(content, as_styles(style), tuple(style_masks), content_mask)
         if not isinstance(weights, dict):
@@ -1248,9 +1251,6 @@ class Objective:
     def _layers(self) -> set[str]:
         """The layers that an evaluation needs."""
         return {layer_of(place) for place in self._places()} - {"picture"}
-
-    def _features(self, x, layers) -> Iterator[tuple]:
-        return features(x, self.weights, layers, self.pool_type)
 
     def _tiles(self, size: tuple[int, int], layers) -> Iterator[Tile]:
         """The tiles of a picture for what needs `layers`; as a whole, it is one tile."""
@@ -1293,7 +1293,7 @@ class Objective:
             )
             for tile in self._tiles(self.size, [layer]):
                 own, within, _ = tile.at(step)
-                ((_, f),) = self._features(np.float32(x[tile.window]), [layer])
+                ((_, f),) = features(np.float32(x[tile.window]), self.weights, [layer], self.pool_type)
                 found[layer][own] = ops.convert_to_numpy(f[within])
         return found
 
@@ -1302,7 +1302,7 @@ class Objective:
         ops, totals, layers = import_keras().ops, {}, {layer_of(place) for place in places}
         for tile in self._tiles(x.shape[:2], layers):
             masks = self._masks(tile, places)
-            for layer, f in self._features(np.float32(x[tile.window]), layers):
+            for layer, f in features(np.float32(x[tile.window]), self.weights, layers, self.pool_type):
                 for place in places:
                     if layer_of(place) == layer:
                         mask = ops.convert_to_tensor(masks[place]) if place in masks else None
@@ -1318,13 +1318,14 @@ class Objective:
             target = import_keras().ops.convert_to_tensor(gram * np.float32(own / other))
             self.losses[mine[layer]] = self.losses[mine[layer]]._replace(target=target)
 
-    def _parts(self, x, content_targets: dict, masks: dict, whole_grams: dict) -> dict:
+    def _parts(self, x, weights: dict, content_targets: dict, masks: dict, whole_grams: dict) -> dict:
         """What the positions of a tile add to each part, weighted: {name: loss}. No mask means all of them.
 
         x: (h, w, 3) float32 tensor. Style losses are of the whole picture: with `whole_grams`, those are its Gram
-        matrices, and only the gradient is that of the tile.
+        matrices, and only the gradient is that of the tile. The weights are given, since TensorFlow never lets go of
+        what a function with gradients of our own takes from its surroundings.
         """
-        found = dict(self._features(x, self._layers()))
+        found = dict(features(x, weights, self._layers(), self.pool_type))
         grams = {place: gram_matrix(found[layer_of(place)], masks.get(place)) for place in self._places("style")}
         for place, whole in whole_grams.items():
             grams[place] = whole + grams[place] - import_keras().ops.stop_gradient(grams[place])
@@ -1346,7 +1347,9 @@ class Objective:
         totals, gradient = {}, np.zeros(x.shape)
         for tile in tiles:
             targets = {layer: f[tile.at(stride(layer))[2]] for layer, f in self.content_targets.items()}
-            parts, part = differentiated(np.float32(x[tile.window]), targets, self._masks(tile, places), grams)
+            parts, part = differentiated(
+                np.float32(x[tile.window]), self.weights, targets, self._masks(tile, places), grams
+            )
             gradient[tile.window] += part
             for name, value in parts.items():
                 totals[name] = value if name.startswith("style") else totals.get(name, 0.0) + value

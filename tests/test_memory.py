@@ -1,5 +1,7 @@
 """Pictures of any size in bounded memory: tiles that change nothing, and the plan that chooses them."""
 
+import weakref
+
 import numpy as np
 import pytest
 from conftest import smooth_picture
@@ -81,6 +83,15 @@ def test_all_tiles_run_through_few_compiled_shapes(untrained, monkeypatch):
     tiled(x)
     assert len(list(tiled._tiles(tiled.size, ["conv5_2"]))) == 5
     assert len(traced) == 3
+
+
+def test_an_objective_that_is_done_with_leaves_no_weights_behind(untrained):
+    earlier, _, x = both(untrained, 32, 40, 16)
+    earlier(x)
+    weights = [weakref.ref(tensor) for layer in earlier.weights.values() for tensor in layer]
+    del earlier
+    both(untrained, 32, 40, 16)
+    assert all(tensor() is None for tensor in weights)
 
 
 def have(monkeypatch, gigabytes, gpu=0):
