@@ -193,7 +193,9 @@ def test_a_package_that_is_missing_is_named_before_the_start(
 
 
 def test_matched_styles_have_the_contents_mean_and_covariance():
-    content, style = smooth_picture(1, 40, 50) // 3 + 90, smooth_picture(2, 60, 30) // 3 + 60
+    # In the content red and green go together, in the style green and blue.
+    mixed = ([[1, 0.8, 0], [0, 0.3, 0], [0, 0, 0.2]], [[0.2, 0, 0], [0, 1, 0.9], [0, 0, 0.3]])
+    content, style = (np.uint8(smooth_picture(n, 60, 50) / 3 @ np.array(mix) + 60) for n, mix in enumerate(mixed, 1))
     matched = deepstyle.match_colours(style, content)
     wanted, got = (picture.reshape(-1, 3).astype(float) for picture in (content, matched))
     np.testing.assert_allclose(got.mean(0), wanted.mean(0), atol=0.5)
