@@ -14,7 +14,6 @@ import argparse
 import bisect
 import contextlib
 import dataclasses
-import datetime
 import difflib
 import functools
 import gc
@@ -68,6 +67,7 @@ RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "cubic": Image.Resampling.BICUBIC,
 }
+ON_OFF = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 MEAN_BGR = np.array([103.939, 116.779, 123.68], np.float32)  # of the ImageNet training pictures
 EVALUATIONS_PER_ITERATION = 20
 SMALLEST = 32  # rows and columns of a picture that is computed: conv5 then has 2 x 2 positions
@@ -190,31 +190,12 @@ def weights_of_styles(settings: Settings, styles: int) -> list[float]:
     return [settings.style_scale * weight * len(weights) / styles for weight in weights * (styles // len(weights))]
 
 
-def on_off(text: str) -> bool:
-    """The value of an on/off flag. Raises ArgumentTypeError, which argparse reports."""
-    if text.lower() in ("true", "yes", "1"):
-        return True
-    if text.lower() in ("false", "no", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected True or False (or yes, no, 1, 0), not '{text}'")
-
-
-def colours(text: str) -> bool | str:
-    """The value of --preserve_color. Raises ArgumentTypeError, which argparse reports."""
-    if text in ("luma", "match"):
-        return text
+def value_of(kind: type | dict, text: str):
+    """What a flag's text stands for: a number, or one of a dict's words. Raises ArgumentTypeError for argparse."""
     try:
-        return on_off(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"expected luma, match, True or False, not '{text}'") from None
-
-
-def number(kind: type, text: str) -> int | float:
-    """The value of a flag that takes a number. Raises ArgumentTypeError, which argparse reports."""
-    try:
-        return kind(text)
-    except ValueError:
-        expected = "a whole number" if kind is int else "a number"
+        return kind[text.lower()] if isinstance(kind, dict) else kind(text)
+    except (KeyError, ValueError):
+        expected = " or ".join(kind) if isinstance(kind, dict) else {int: "a whole number", float: "a number"}[kind]
         raise argparse.ArgumentTypeError(f"expected {expected}, not '{text}'") from None
 
 
@@ -249,22 +230,26 @@ def command_line() -> Parser:
     for title, members in itertools.groupby(dataclasses.fields(Settings), lambda field: field.metadata["group"]):
         group = parser.add_argument_group(title)
         for field in members:
-            default = field.default
-            help = field.metadata["help"] + ("" if default is None else f" ({words(default)})")
-            options = {"default": default, "metavar": field.metadata["metavar"], "help": help}
-            if isinstance(default, bool):
-                options |= {"type": colours if field.name == "preserve_color" else on_off, "nargs": "?", "const": True}
-            elif isinstance(default, tuple):
-                options |= {"type": functools.partial(number, type(default[0])), "nargs": "+"}
-            elif default is not None:
-                options["type"] = functools.partial(number, type(default))
-            group.add_argument(f"--{field.name}", **options)
+            default, kind, options = field.default, type(field.default), {}
+            if kind is bool:
+                colours = {"luma": "luma", "match": "match"} if field.name == "preserve_color" else {}
+                kind, options = ON_OFF | colours, {"nargs": "?", "const": True}
+            elif kind is tuple:
+                kind, options = type(default[0]), {"nargs": "+"}
+            group.add_argument(
+                f"--{field.name}",
+                default=default,
+                type=str if default is None else functools.partial(value_of, kind),
+                metavar=field.metadata["metavar"],
+                help=field.metadata["help"] + ("" if default is None else f" ({words(default)})"),
+                **options,
+            )
     group = parser.add_argument_group("masks: pictures, white where something holds")
     group.add_argument("--style_masks", metavar="M", nargs="+", default=[], help="where each style goes")
     group.add_argument("--content_mask", metavar="M", help="where the content counts")
     group.add_argument("--color_mask", metavar="M", help="where preserve_color applies")
     group = parser.add_argument_group("what is saved")
-    every = functools.partial(number, int)
+    every = functools.partial(value_of, int)
     group.add_argument("--every", metavar="N", type=every, default=1, help="only each Nth picture, and the last (1)")
     group.add_argument("--animation", metavar="FILE", help="all iterations as .gif, .webp or .mp4")
     group.add_argument("--log", metavar="FILE", help="a row of losses for each iteration, .csv")
@@ -1737,34 +1722,31 @@ def describe_iteration(iteration: Iteration, settings: Settings, path: Path | No
 
 @contextlib.contextmanager
 def progress_bar(console, done: int, size: tuple[int, int], settings: Settings) -> Iterator[Callable]:
-    """A bar for the evaluations of one iteration, and the function that moves it (`on_evaluation` of `paint`).
+    """A bar for the evaluations at each size, and the function that moves it (`on_evaluation` of `paint`).
 
     On anything but a terminal it shows nothing.
     """
     from rich import progress
 
-    bar = progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.TextColumn("{task.fields[news]}"),
-        console=console,
-        transient=True,
-        disable=console.quiet or not console.is_terminal,
-    )
-    task = bar.add_task("getting ready", total=EVALUATIONS_PER_ITERATION, news="")
-    began = {}
+    # The time left is judged by all evaluations but the first, which has to compile: of large pictures each takes
+    # longer than Rich looks back by itself.
+    left = progress.TimeRemainingColumn(), "left"
+    columns = "{task.description}", progress.BarColumn(), "{task.fields[news]}", *left
+    shown = console.is_terminal and not console.quiet
+    with progress.Progress(
+        *columns, console=console, transient=True, disable=not shown, speed_estimate_period=math.inf
+    ) as bar:
+        task = bar.add_task("getting ready", total=None, news="")
 
-    def on_evaluation(at: tuple[int, int], count: int, loss: float) -> None:
-        begun = began.setdefault(at, time.perf_counter())  # after the first evaluation, which has to compile
-        before, where = (done, "") if at == size else (0, f"{at[0]} x {at[1]}: ")
-        number, within = divmod(count, EVALUATIONS_PER_ITERATION)
-        name = f"{where}iteration {min(before + number + 1, settings.num_iter)}/{settings.num_iter}"
-        left = max(0, (settings.num_iter - before) * EVALUATIONS_PER_ITERATION - count)
-        seconds = left * (time.perf_counter() - begun) / max(1, count - 1)
-        news = f"loss {loss:.4g}" + (f", {datetime.timedelta(seconds=round(seconds))} left" if count > 1 else "")
-        bar.update(task, completed=within, description=name, news=news)
+        def on_evaluation(at: tuple[int, int], count: int, loss: float) -> None:
+            before, where = (done, "") if at == size else (0, f"{at[0]} x {at[1]}: ")
+            total, completed = (n * EVALUATIONS_PER_ITERATION for n in (settings.num_iter, before))
+            name = f"{where}iteration {min(before + count // EVALUATIONS_PER_ITERATION + 1, settings.num_iter)}"
+            if count == 1:
+                bar.reset(task, total=total)
+            news = {"description": f"{name}/{settings.num_iter}", "news": f"loss {loss:.4g},"}
+            bar.update(task, completed=completed + count, **news)
 
-    with bar:
         yield on_evaluation
 
 
