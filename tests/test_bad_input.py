@@ -73,7 +73,10 @@ ROWS = [
     ([*RUN, "--pool_type", "avg"], "--pool_type is 'avg'; it must be one of ave, max; did you mean ave?"),
     ([*RUN, "--init_image", "noisy"], "must be one of content, noise, gray, a picture's path; did you mean noise?"),
     ([*RUN, "--rescale_method", "biliner"], "nearest, bilinear, bicubic, cubic; did you mean bilinear?"),
-    ([*RUN, "--preserve_color", "maybe"], "expected true or yes or 1 or false or no or 0 or luma or match, not 'maybe'"),
+    (
+        [*RUN, "--preserve_color", "maybe"],
+        "expected true or yes or 1 or false or no or 0 or luma or match, not 'maybe'",
+    ),
     ([*RUN, "--rescale_image", "maybe"], "expected true or yes or 1 or false or no or 0, not 'maybe'"),
     ([*RUN, "--model", "vgg18"], "--model is 'vgg18'; it must be one of vgg16, vgg19; did you mean"),
     ([*RUN, "--style_fit", "crop"], "--style_fit is 'crop'; it must be one of stretch, keep"),
