@@ -735,7 +735,7 @@ def needed_memory(
     numbers = computed * sum(channels / stride(name) ** 2 for name, channels in layers.items())
     computing = 150e6 + (12 if tile else 7.6) * numbers
     # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top.
-    rest = 670e6 + 3 * 8 * (2 * history + 5 + 13) * pixels
+    rest = 670e6 + 3 * 8 * (2 * history + 5 + 10) * pixels
     return computing, rest
 
 
@@ -1457,7 +1457,7 @@ def minimise(
             # Without the gradient, which is as large as the picture.
             return Accepted(flat.reshape(start.shape).copy(), dataclasses.replace(latest, gradient=None), count)
 
-        def evaluate(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        def loss_at(flat: np.ndarray) -> float:
             nonlocal count, latest, accepted
             if accepted and (closed.is_set() or stop()):
                 raise Closed
@@ -1467,7 +1467,11 @@ def minimise(
             if count == 1:
                 accepted = accept(flat)
                 hand_over(accepted)
-            return latest.loss, latest.gradient.ravel()
+            return latest.loss
+
+        def gradient_at(flat: np.ndarray) -> np.ndarray:
+            # SciPy asks for it where it has just asked for the loss. Given both at once, it keeps one more copy of x.
+            return latest.gradient.ravel()
 
         def callback(intermediate_result) -> None:
             # SciPy has accepted a point. The line search stops at the point that it accepts, so the latest
@@ -1480,10 +1484,12 @@ def minimise(
 
         def solve(flat: np.ndarray):
             options = {"ftol": 0, "gtol": 0, "maxiter": sys.maxsize, "maxfun": sys.maxsize, "maxcor": history}
-            return optimize.minimize(evaluate, flat, jac=True, method="L-BFGS-B", callback=callback, options=options)
+            return optimize.minimize(
+                loss_at, flat, jac=gradient_at, method="L-BFGS-B", callback=callback, options=options
+            )
 
         try:
-            result, fruitless = solve(np.ravel(start).astype(np.float64)), 0
+            result, fruitless = solve(np.asarray(start, np.float64).ravel()), 0
             while fruitless < 2:
                 again = solve(result.x)
                 fruitless = 0 if again.fun < result.fun else fruitless + 1
