@@ -734,8 +734,9 @@ def needed_memory(
     # differ, and what one leaves does not fit the next.
     numbers = computed * sum(channels / stride(name) ** 2 for name, channels in layers.items())
     computing = 150e6 + (12 if tile else 7.6) * numbers
-    # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top.
-    rest = 670e6 + 3 * 8 * (2 * history + 5 + 10) * pixels
+    # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top: 10 on one
+    # machine, 12 on another, and one to be sure.
+    rest = 670e6 + 3 * 8 * (2 * history + 5 + 13) * pixels
     return computing, rest
 
 
