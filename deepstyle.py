@@ -1483,18 +1483,20 @@ def minimise(
                 iterations, handed = iterations + 1, count
                 hand_over(accepted)
 
-        def solve(flat: np.ndarray):
+        def solve(flat: np.ndarray) -> tuple[np.ndarray, float]:
             options = {"ftol": 0, "gtol": 0, "maxiter": sys.maxsize, "maxfun": sys.maxsize, "maxcor": history}
-            return optimize.minimize(
+            result = optimize.minimize(
                 loss_at, flat, jac=gradient_at, method="L-BFGS-B", callback=callback, options=options
             )
+            # Not all of it: it refers to the corrections, which would stay while the next run makes its own.
+            return result.x, result.fun
 
         try:
-            result, fruitless = solve(np.asarray(start, np.float64).ravel()), 0
+            (flat, loss), fruitless = solve(np.asarray(start, np.float64).ravel()), 0
             while fruitless < 2:
-                again = solve(result.x)
-                fruitless = 0 if again.fun < result.fun else fruitless + 1
-                result = again
+                before = loss
+                flat, loss = solve(flat)
+                fruitless = 0 if loss < before else fruitless + 1
         finally:
             if accepted and accepted.count != handed:
                 hand_over(accepted)
