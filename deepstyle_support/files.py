@@ -1,0 +1,259 @@
+"""All that a run writes to the user's disk: one object owns it, from the first check to the last picture."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from PIL import Image, PngImagePlugin
+
+from .disk import write_whole
+from .messages import UserError
+from .outputs import Log, csv_log, tensorboard_log, write_animation
+from .pictures import read_picture
+from .records import Iteration, State
+
+
+def base_path(prefix: str) -> Path:
+    """The path that all of a run's files begin with; a folder means <folder>/result_image.
+
+    Raises UserError if it is empty, or too long for a file's name.
+    """
+    base = Path(prefix, "result_image") if prefix.endswith("/") or os.path.isdir(prefix) else Path(prefix)
+    if not 0 < len(os.fsencode(base.name)) <= 200:  # most systems allow 255, and something comes behind it
+        raise UserError(f"PREFIX is '{prefix}'; the name that files begin with must have 1 to 200 bytes")
+    return base
+
+
+@dataclasses.dataclass
+class Outputs:
+    """The files of one run: its pictures, its state, its logs, its animation, and what an earlier run left of them.
+
+    `check` says what is wrong with them before anything is touched; within `owned` no other run can write them.
+    """
+
+    base: Path  # from base_path
+    every: int = 1  # only each Nth picture is saved, and the last
+    animation: Path | None = None
+    log: Path | None = None
+    tensorboard: Path | None = None
+    made: dict[str, Any] = dataclasses.field(default_factory=dict)  # how the pictures are made, for their text
+
+    def __post_init__(self) -> None:
+        self._logs: list[Log] = []
+        self._frames: list[np.ndarray] = []
+        self._unsaved: Iteration | None = None  # the latest, whose picture --every left out
+
+    @property
+    def extras(self) -> list[Path]:
+        """What is written besides the pictures and the state."""
+        return [path for path in (self.animation, self.log, self.tensorboard) if path]
+
+    @property
+    def state_path(self) -> Path:
+        return self.base.with_name(f"{self.base.name}_state.npz")
+
+    def picture_path(self, number: int) -> Path:
+        return self.base.with_name(f"{self.base.name}_at_iteration_{number}.png")
+
+    def owns(self, path: Path) -> bool:
+        """Whether path is, by its name, a picture or the state of a run with this base."""
+        pattern = re.escape(self.base.name) + r"(_at_iteration_\d+\.png|_state\.npz)"
+        return bool(re.fullmatch(pattern, path.name)) and path.parent.resolve() == self.base.parent.resolve()
+
+    # Before the run
+
+    def check(self, inputs: list[str], size: tuple[int, int]) -> None:
+        """Raise UserError if this cannot be written, or if an input would be written over. Creates nothing.
+
+        size: (rows, columns) of the saved pictures.
+        """
+        if self.every < 1:
+            raise UserError(f"--every is {self.every}; it must be 1 or more")
+        self._check_extras()
+        for path in inputs:
+            if self.owns(Path(path).resolve()):
+                raise UserError(f"'{path}' is an input, and a run with this PREFIX would write there; choose another")
+            if Path(path).resolve() in [extra.resolve() for extra in self.extras]:
+                raise UserError(f"'{path}' is an input, and would be written over; choose another name")
+        for path in (*self.extras, self.base):
+            folder = path.parent.resolve()
+            while not os.path.lexists(folder):
+                folder = folder.parent
+            if not folder.is_dir():
+                raise UserError(f"cannot make the folder '{path.parent}': '{folder}' is a file")
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise UserError(f"cannot write in the folder '{folder}': no permission")
+        # The state's float picture, and one saved picture that hardly compresses.
+        needed, free = size[0] * size[1] * 3 * (4 + 1), shutil.disk_usage(folder).free
+        if free < needed:
+            raise UserError(f"the disk of '{folder}' has {free} bytes free, and one iteration needs {needed}")
+
+    def _check_extras(self) -> None:
+        """Raise UserError if the animation, the log or TensorBoard's folder cannot be had by these names."""
+        for flag, path, kinds in (
+            ("--animation", self.animation, (".gif", ".webp", ".mp4")),
+            ("--log", self.log, (".csv",)),
+        ):
+            if path and (path.suffix not in kinds or path.is_dir()):
+                raise UserError(f"{flag} is '{path}'; it must be a file whose name ends in {' or '.join(kinds)}")
+        if self.tensorboard and self.tensorboard.is_file():
+            raise UserError(f"--tensorboard is '{self.tensorboard}', which is a file; it must be a folder")
+        needs = [("imageio_ffmpeg", "imageio-ffmpeg")] if self.animation and self.animation.suffix == ".mp4" else []
+        needs += [("tensorboard", "tensorboard")] if self.tensorboard else []
+        for module, package in needs:
+            if not importlib.util.find_spec(module):
+                brings = f"'{sys.executable} -m pip install {package}' brings it"
+                raise UserError(f"this needs the package {package}; {brings}")
+
+    # What an earlier run left
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Make the folders, and let no other run write here. Raises UserError if one does, or the folders cannot be."""
+        with contextlib.ExitStack() as locks:
+            for path in (self.base, *self.extras):
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    locks.enter_context(lock_of(path))
+                except OSError as error:
+                    raise UserError(f"cannot write in the folder '{path.parent}': {error.strerror}") from error
+            yield
+
+    def read_state(self, shaped_by: dict[str, str]) -> State | None:
+        """The state to go on from; None if there is none. Raises UserError if it is not of such a run."""
+        path = self.state_path
+        if not path.exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                state = State(file["x"], file["losses"], json.loads(str(file["shaped_by"])))
+        except Exception as error:  # np.load and zipfile raise almost anything on a damaged file
+            raise UserError(f"'{path}' is no state of a run: {error}; without --resume the run starts anew") from error
+        for name in {**shaped_by, **state.shaped_by}:
+            before, now = (shapes.get(name, "not given") for shapes in (state.shaped_by, shaped_by))
+            if before != now:
+                raise UserError(f"cannot resume '{path}': {name} was {before} and now is {now}")
+        return state
+
+    def clear_the_way(self, overwrite: bool) -> str:
+        """Move an earlier run's files together into <base>_earlier_<n>/, or remove them; says so if it did.
+
+        The extras may be of another run; they are in the way all the same.
+        """
+        there = list(self.base.parent.iterdir())
+        for path in there:  # what a killed run was writing
+            if path.suffix == ".part" and self.owns(path.with_name(path.stem[1:])):
+                path.unlink()
+        # The state goes first: if we are killed on the way, nothing is left that could be gone on with.
+        earlier = sorted((path for path in there if self.owns(path)), key=lambda path: path.suffix != ".npz")
+        earlier += [path for path in self.extras if path.is_file()]
+        if not earlier:
+            return ""
+        if overwrite:
+            for path in earlier:
+                path.unlink()
+            return f"replacing the {len(earlier)} files of an earlier run"
+        number = next(n for n in itertools.count(1) if not os.path.lexists(f"{self.base}_earlier_{n}"))
+        folder = Path(f"{self.base}_earlier_{number}")
+        folder.mkdir()
+        for path in earlier:
+            shutil.move(path, folder / path.name)
+        return f"moved the {len(earlier)} files of an earlier run to {folder}"
+
+    # While it goes on
+
+    def begin(self, start: Callable[[], np.ndarray]) -> None:
+        """Open the logs. An animation begins with start(), and with the pictures of a run that is resumed."""
+        self._logs = [csv_log(self.log)] if self.log else []
+        self._logs += [tensorboard_log(self.tensorboard)] if self.tensorboard else []
+        if self.animation:
+            numbers = itertools.takewhile(lambda n: self.picture_path(n).exists(), itertools.count(1))
+            self._frames = [start(), *(read_picture(str(self.picture_path(n)))[0] for n in numbers)]
+
+    def save(self, iteration: Iteration, last: bool) -> Path | None:
+        """Write an iteration's picture, unless --every leaves it out, its state and its logs; returns the path.
+
+        Raises UserError, status 1, if the disk does not take it.
+        """
+        for log in self._logs:
+            log(iteration)
+        self._frames += [iteration.picture] if self.animation else []
+        wanted = last or iteration.number % self.every == 0
+        self._unsaved = None if wanted else iteration
+        with advice_to_resume():
+            path = self._write_picture(iteration) if wanted else None
+            state = iteration.state
+            contents = {"x": np.float32(state.x), "losses": state.losses, "shaped_by": json.dumps(state.shaped_by)}
+            write_whole(self.state_path, lambda file: np.savez(file, iteration=state.iteration, **contents))
+        return path
+
+    def finish(self) -> list[Path]:
+        """Write what is still to be written at the end of a run; returns the paths."""
+        paths = []
+        if self._unsaved:
+            with advice_to_resume():
+                paths.append(self._write_picture(self._unsaved))
+        if self.animation:
+            write_animation(self.animation, self._frames)
+            paths.append(self.animation)
+        return paths
+
+    def _write_picture(self, iteration: Iteration) -> Path:
+        """Save it as PNG, with what made it as its text. No metadata of the inputs goes in."""
+        made = {"iteration": iteration.number, "loss": iteration.loss}
+        made |= {name: value for name, value in iteration.state.shaped_by.items() if name.endswith("SHA-256")}
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("Software", f"deepstyle {self.made.get('version', '')}")
+        text.add_itxt("deepstyle", json.dumps(made | self.made | {"exact": iteration.exact}))
+        path = self.picture_path(iteration.number)
+        write_whole(path, lambda file: Image.fromarray(iteration.picture).save(file, format="PNG", pnginfo=text))
+        return path
+
+
+@contextlib.contextmanager
+def lock_of(path: Path) -> Iterator[None]:
+    """Own what is written at this path. Raises UserError if another process does; a killed one does not."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0.1)
+    except Timeout as held:
+        raise UserError(f"another run is writing '{path}'; wait for its end, or choose another name") from held
+    try:
+        yield
+    finally:
+        # While it is held: whoever waits for it finds a new file. Some systems cannot remove an open one.
+        with contextlib.suppress(OSError):
+            os.unlink(lock.lock_file)
+        lock.release()
+
+
+@contextlib.contextmanager
+def advice_to_resume() -> Iterator[None]:
+    """What cannot be written is told with what to do next."""
+    try:
+        yield
+    except UserError as error:
+        advice = "what was saved before is whole; make room, and the same command with --resume goes on from there"
+        raise UserError(f"{error}; {advice}", error.status) from error
+
+
+def read_made(path: str) -> dict[str, Any]:
+    """What a picture's text says of how it was made. Raises UserError if it says nothing."""
+    try:
+        with Image.open(path) as picture:
+            return {"made with": picture.info["Software"], **json.loads(picture.info["deepstyle"])}
+    except OSError as error:
+        raise UserError(f"cannot read the picture '{path}': {error.strerror or error}") from error
+    except (KeyError, ValueError) as error:
+        raise UserError(f"'{path}' does not say how it was made; only deepstyle's own PNG files do") from error

@@ -1,0 +1,161 @@
+"""How much memory there is, how much a picture needs, and the plan that follows: whole or in tiles."""
+
+import bisect
+import contextlib
+import math
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from .messages import UserError
+from .vgg import CHANNELS, halo, stride
+
+SMALLEST = 32  # rows and columns of a picture that is computed: conv5 then has 2 x 2 positions
+LARGE_TILE = 512  # pixels: at 1024 x 1024 tiles of this size take 2 times as long as the whole, tiles of 128 6 times
+SMALL_TILE = 128
+FEW_CORRECTIONS = 5
+
+
+class Wishes(Protocol):
+    """What of a run's settings the plan depends on; the fields of Settings with these names."""
+
+    @property
+    def tile(self) -> str: ...
+    @property
+    def history(self) -> int: ...
+    @property
+    def max_memory(self) -> float: ...
+    @property
+    def model(self) -> str: ...
+
+
+class Plan(NamedTuple):
+    """How a picture is computed in the memory that there is."""
+
+    tile: int | None  # pixels of a tile's side at most; None: the whole picture at once
+    history: int  # corrections that L-BFGS keeps
+    needed: float  # bytes at the peak, estimated; on a GPU as well as here
+    free: float
+
+    def in_words(self, wished_history: int) -> str:
+        """How and in how much memory the picture is computed."""
+        way = f"in tiles of at most {self.tile} pixels" if self.tile else "as a whole"
+        said = f"{way}, with about {self.needed / 1e9:.1f} GB of memory of {self.free / 1e9:.1f} GB free"
+        if self.history < wished_history:
+            said += f"; for lack of it L-BFGS keeps {self.history} corrections instead of {wished_history}"
+        return said
+
+
+def plan_memory(size: tuple[int, int], settings: Wishes) -> Plan:
+    """The quickest way to paint a picture of (rows, columns) in the memory that is free.
+
+    The picture is computed as a whole if that fits, and else in the largest tiles that do. Before tiles get smaller
+    than 512 pixels, L-BFGS keeps fewer corrections, down to 5. Raises UserError if nothing fits, with the largest size
+    that would.
+    """
+    free, gpu_free = free_memory(settings.max_memory)
+    if plan := way_that_fits(size, settings, free, gpu_free):
+        return plan
+
+    def too_large(rows: int) -> bool:
+        return not way_that_fits((rows, max(1, rows * size[1] // size[0])), settings, free, gpu_free)
+
+    largest = bisect.bisect(range(1, size[0]), False, key=too_large)
+    tile = SMALL_TILE if settings.tile == "auto" else given_tile(settings)
+    needed = sum(needed_memory(size, tile, min(settings.history, FEW_CORRECTIONS), settings.model))
+    raise UserError(
+        f"{size[0]} x {size[1]} pixels need {needed / 1e9:.1f} GB of memory "
+        f"{'or more' if settings.tile == 'auto' else '(--tile auto may need less)'}, {free / 1e9:.1f} GB are free"
+        f"{f', {gpu_free / 1e9:.1f} GB on the GPU' if gpu_free else ''}, "
+        f"{f'enough for --image_size {largest}' if largest >= SMALLEST else 'too little for any'}"
+    )
+
+
+def way_that_fits(size: tuple[int, int], settings: Wishes, free: float, gpu_free: float) -> Plan | None:
+    """The plan for a picture of (rows, columns) in so many bytes; None if there is none."""
+    side, fewest = max(size), min(settings.history, FEW_CORRECTIONS)
+
+    def corrections(tile: int | None) -> float:
+        """How many L-BFGS can keep beside tiles of this size, at most as many as are wished for; or less than 0."""
+        computing, rest = needed_memory(size, tile, 0, settings.model)
+        if gpu_free and computing > gpu_free:
+            return -1
+        room = free - rest - (0 if gpu_free else computing)
+        return min(settings.history, room // bytes_per_correction(size))
+
+    def tile_of(parts: int) -> int | None:
+        """The longer side in so many parts, in whole strides of the deepest layer."""
+        return None if parts == 1 else math.ceil(side / parts / 16) * 16
+
+    if settings.tile != "auto":
+        tile = given_tile(settings)
+    else:
+        # The last number of parts of which each, rounded up to 16, still has 512 pixels.
+        most = max(1, math.ceil(side / (LARGE_TILE - 16)) - 1)
+        kept = max(corrections(None), corrections(tile_of(most)))
+        if kept < fewest:
+            most, kept = math.ceil(side / SMALL_TILE), fewest
+
+        def fits(parts: int) -> bool:
+            return corrections(tile_of(parts)) >= kept
+
+        tile = tile_of(1 if fits(1) else 2 + bisect.bisect_left(range(2, most), True, key=fits))
+    history = corrections(tile)
+    if history < fewest:
+        return None
+    computing, rest = needed_memory(size, tile, int(history), settings.model)
+    needed = rest if gpu_free else computing + rest
+    return Plan(tile if tile and tile < side else None, int(history), needed, free)
+
+
+def given_tile(settings: Wishes) -> int | None:
+    """The number that --tile is; None for off."""
+    return None if settings.tile == "off" else int(settings.tile)
+
+
+def bytes_per_correction(size: tuple[int, int]) -> int:
+    """What L-BFGS keeps of each: a step and a change of the gradient, of 3 channels in float64."""
+    return 2 * 3 * 8 * math.prod(size)
+
+
+def needed_memory(size: tuple[int, int], tile: int | None, history: int, model: str = "vgg16") -> tuple[float, float]:
+    """Bytes that an evaluation takes at its peak, on the GPU if there is one, and that all else takes.
+
+    The numbers are fitted to measured peaks on a CPU (TensorFlow 2.21); benchmarks/speed.py shows both.
+    """
+    pixels = math.prod(size)
+    layers = CHANNELS[model]
+    computed = math.prod(min(side, tile + 2 * halo(layers, model)) for side in size) if tile else pixels
+    # Of VGG16's features, 270 numbers a pixel, 7.6 bytes a number are there at once; of tiles more, since their shapes
+    # differ, and what one leaves does not fit the next.
+    numbers = computed * sum(channels / stride(name) ** 2 for name, channels in layers.items())
+    computing = 150e6 + (12 if tile else 7.6) * numbers
+    # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top: 10 on one
+    # machine, 12 on another, and one to be sure.
+    rest = 670e6 + 3 * 8 * (5 + 13) * pixels + history * bytes_per_correction(size)
+    return computing, rest
+
+
+def free_memory(cap: float) -> tuple[float, float]:
+    """Bytes that this process can have, and on the GPU (0 if there is none); each at most `cap` GB unless that is 0.
+
+    It is what the machine has free, or less if a cgroup allows less.
+    """
+    limits: list[float] = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+        limits += [int(found[1]) * 1024] if found else []
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            limits.append(int(Path(path).read_text()))
+    gpu = 0.0
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+        query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        gpu = int(said.splitlines()[0]) * 2**20
+    if cap:
+        limits.append(cap * 1e9)
+        gpu = min(gpu, cap * 1e9)
+    return min(limits), gpu

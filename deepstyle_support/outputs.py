@@ -1,0 +1,55 @@
+"""What a run writes besides its pictures and state: the log, TensorBoard's events, the animation."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from .disk import write_whole
+from .records import Iteration
+
+Log = Callable[[Iteration], None]
+
+
+def csv_log(path: Path) -> Log:
+    """A function that writes a row of losses for an iteration to the file, behind those of the iterations before it."""
+
+    def log(iteration: Iteration) -> None:
+        row = {"iteration": iteration.number, "evaluations": iteration.evaluations, "seconds": iteration.seconds}
+        row |= {"loss": iteration.loss, **iteration.parts}
+        there = path.read_text(errors="replace").splitlines() if path.exists() else []
+        before = [line for line in there if line.split(",")[0] in map(str, range(1, iteration.number))]
+        lines = [",".join(row), *before, ",".join(map(str, row.values())), ""]
+        write_whole(path, lambda file: file.write("\n".join(lines).encode()))
+
+    return log
+
+
+def tensorboard_log(folder: Path) -> Log:
+    """A function that writes an iteration's losses and picture where TensorBoard looks for them."""
+    import tensorflow as tf
+
+    writer = tf.summary.create_file_writer(str(folder))
+
+    def log(iteration: Iteration) -> None:
+        with writer.as_default(step=iteration.number):
+            for name, value in {"loss": iteration.loss, **iteration.parts}.items():
+                tf.summary.scalar(name.replace(" conv", "/conv"), value)  # grouped by what is before the slash
+            tf.summary.image("picture", iteration.picture[None])
+        writer.flush()
+
+    return log
+
+
+def write_animation(path: Path, frames: list[np.ndarray]) -> None:
+    """Save pictures, (H, W, 3) uint8 RGB, as a .gif, .webp or .mp4 that shows the last one for two seconds."""
+    import imageio.v3
+
+    if path.suffix == ".mp4":  # which has whole pairs of pixels only, and one duration for all frames
+        rows, columns = (length // 2 * 2 for length in frames[0].shape[:2])
+        frames = [frame[:rows, :columns] for frame in [*frames, *frames[-1:] * 6]]
+        options = {"plugin": "FFMPEG", "fps": 4, "macro_block_size": 2}
+    else:
+        options = {"plugin": "pillow", "duration": [250] * (len(frames) - 1) + [2000], "loop": 0}
+    data = imageio.v3.imwrite("<bytes>", np.stack(frames), extension=path.suffix, **options)
+    write_whole(path, lambda file: file.write(data))

@@ -1,0 +1,159 @@
+"""Pictures as arrays: reading them, sizes, colours, masks. No network, and nothing of what a setting decides."""
+
+import dataclasses
+import hashlib
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .messages import UserError
+
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "cubic": Image.Resampling.BICUBIC,
+}
+MEAN_BGR = np.array([103.939, 116.779, 123.68], np.float32)  # of the ImageNet training pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """What a run works on, each (H, W, 3) uint8 RGB of any size. Masks are white where something holds.
+
+    Raises UserError for another shape, and unless there are as many style masks as styles, or none.
+    """
+
+    content: np.ndarray
+    styles: tuple[np.ndarray, ...]
+    style_masks: tuple[np.ndarray, ...] = ()
+    content_mask: np.ndarray | None = None
+    color_mask: np.ndarray | None = None
+    start: np.ndarray | None = None  # if neither the content nor noise
+
+    def __post_init__(self):
+        for name, picture in self.named().items():
+            if picture.shape[2:] != (3,) and not ("mask" in name and picture.ndim == 2):
+                raise UserError(f"the {name} picture's shape is {picture.shape}; it must be (H, W, 3)")
+            if "mask" in name and Image.fromarray(picture).convert("L").getbbox() is None:
+                raise UserError(f"the {name} is all black, so nothing is left; it must be white where something holds")
+        if len(self.style_masks) not in (0, len(self.styles)):
+            raise UserError(
+                f"there are {len(self.style_masks)} style masks for {len(self.styles)} styles; give one for each"
+            )
+
+    def named(self) -> dict[str, np.ndarray]:
+        """Each picture that there is, by its name in words."""
+        named: dict[str, np.ndarray | None] = {"content": self.content, "content mask": self.content_mask}
+        named |= {"color mask": self.color_mask, "start": self.start}
+        for kind, pictures in (("style", self.styles), ("style mask", self.style_masks)):
+            named |= {f"{kind} {n}" if len(pictures) > 1 else kind: one for n, one in enumerate(pictures, 1)}
+        return {name: picture for name, picture in named.items() if picture is not None}
+
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of each picture's shape and pixels, by a name in words."""
+        return {
+            f"the {name} picture's SHA-256": hashlib.sha256(
+                repr(picture.shape).encode() + picture.tobytes()
+            ).hexdigest()
+            for name, picture in self.named().items()
+        }
+
+
+def read_picture(path: str, allow_large: bool = False) -> tuple[np.ndarray, int]:
+    """Any picture Pillow reads, upright, opaque on white, (H, W, 3) uint8 RGB; and how many it holds.
+
+    Of several (an animation, pages) the first is taken. Raises UserError if it is missing, cannot be
+    read, is a single pixel, or without `allow_large` is over Pillow's limit of pixels.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if allow_large:
+                Image.MAX_IMAGE_PIXELS = None  # Pillow has no other way; it is put back below
+            with Image.open(path) as file:
+                pictures = getattr(file, "n_frames", 1)
+                picture = np.asarray(to_rgb(ImageOps.exif_transpose(file)))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UserError(f"'{path}' has more than Pillow's limit of {limit} pixels; --allow_large lifts it") from error
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f"'{path}' is no picture that Pillow can read") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise almost anything
+        raise UserError(f"cannot read the picture '{path}': {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    if picture.shape[0] * picture.shape[1] == 1:
+        raise UserError(f"'{path}' is a single pixel; a picture is needed")
+    return picture, pictures
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any of Pillow's modes as 8-bit RGB: 16-bit grey scaled, transparency on white."""
+    if picture.mode.startswith("I"):
+        # Pillow's own conversion of 16-bit grey clips at 255 instead of scaling 65535 to 255.
+        sixteen_bit = np.asarray(picture).astype(np.float64)
+        picture = Image.fromarray(np.uint8(np.clip(np.rint(sixteen_bit / 257), 0, 255)))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def resize(picture: np.ndarray, size: tuple[int, int], method: str = "bilinear") -> np.ndarray:
+    """picture: (H, W, 3) uint8, resized by Pillow to (rows, columns, 3) uint8."""
+    rows, columns = size
+    return np.asarray(Image.fromarray(picture).resize((columns, rows), RESAMPLING[method]))
+
+
+def mask_on_grid(mask: np.ndarray, size: tuple[int, int], stride: int = 1) -> np.ndarray:
+    """mask: (H, W) or (H, W, 3) uint8 -> (h, w, 1) float32 in 0..1: its mean over each position of a layer.
+
+    size: (rows, columns) of the generated picture, stride: its pixels from one position to the next.
+    """
+    grey = Image.fromarray(mask).convert("L").convert("F").resize(size[::-1], Image.Resampling.BOX)
+    rows, columns = (length // stride for length in size)  # pooling leaves out what remains
+    blocks = np.asarray(grey)[: rows * stride, : columns * stride].reshape(rows, stride, columns, stride, 1)
+    return blocks.mean((1, 3)) / 255
+
+
+def enlarge(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """x: (H, W, 3) float32, resized to (rows, columns, 3) float32 without rounding."""
+    channels = [Image.fromarray(x[..., c]).resize(size[::-1], Image.Resampling.BICUBIC) for c in range(3)]
+    return np.stack(channels, axis=-1)
+
+
+def to_input_space(picture: np.ndarray) -> np.ndarray:
+    """picture: (H, W, 3) uint8 RGB -> (H, W, 3) float32, BGR, mean subtracted."""
+    return picture[..., ::-1].astype(np.float32) - MEAN_BGR
+
+
+def from_input_space(x: np.ndarray) -> np.ndarray:
+    """x: (H, W, 3) float, BGR, mean subtracted -> (H, W, 3) uint8 RGB, rounded and clipped."""
+    return np.ascontiguousarray(np.uint8(np.clip(np.rint(x + MEAN_BGR), 0, 255))[..., ::-1])
+
+
+def with_colours_of(content: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """The luma of `picture` with the chroma of `content` (YCbCr); all (H, W, 3) uint8 RGB."""
+    luma = Image.fromarray(picture).convert("YCbCr").getchannel("Y")
+    _, blue, red = Image.fromarray(content).convert("YCbCr").split()
+    return np.asarray(Image.merge("YCbCr", (luma, blue, red)).convert("RGB"))
+
+
+def match_colours(style: np.ndarray, content: np.ndarray) -> np.ndarray:
+    """The style with the mean and covariance of the content's colours; all (H, W, 3) uint8 RGB.
+
+    Each pixel p becomes A (p - mean_style) + mean_content with A = S_content^(1/2) S_style^(-1/2), S being the
+    covariance of RGB (Gatys et al. 2016, arXiv 1606.05897, section 5.1).
+    """
+
+    def mean_and_roots(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        pixels = picture.reshape(-1, 3).astype(np.float64)
+        variances, axes = np.linalg.eigh(np.cov(pixels.T))
+        # Where the style varies by less than a grey level, that is noise, and would be blown up.
+        root, inverse = np.sqrt(np.maximum(variances, 0)), np.maximum(variances, 1) ** -0.5
+        return pixels.mean(0), axes * root @ axes.T, axes * inverse @ axes.T
+
+    (mean, _, inverse), (wanted, root, _) = mean_and_roots(style), mean_and_roots(content)
+    return np.uint8(np.clip(np.rint((style - mean) @ (root @ inverse).T + wanted), 0, 255))
