@@ -14,6 +14,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import deepstyle
+from deepstyle_support.backend import import_keras
 
 
 def run(content, style, settings, weights, goal: float = 0.0) -> tuple[float, float, np.ndarray]:
@@ -45,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     content, style = (deepstyle.read_picture(path)[0] for path in arguments.pictures[:2])
     weights, _ = deepstyle.load_weights()
-    deepstyle.import_keras()
+    import_keras()
     plain = deepstyle.Settings(image_size=arguments.rows, num_iter=arguments.num_iter)
     seconds, loss, picture = run(content, style, plain, weights)
     print(f"1 scale: loss {loss:.5g} after {seconds:.1f} s")

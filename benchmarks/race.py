@@ -26,6 +26,8 @@ import numpy as np
 FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
 import deepstyle  # noqa: E402, it is not installed but lies above
+from deepstyle_support.backend import import_keras  # noqa: E402
+from deepstyle_support.pictures import resize  # noqa: E402
 
 CONTENT, STYLE, VARIATION = 0.025, 1.0 / 5, 1e-5  # the program's default weights
 LAYERS = (*deepstyle.STYLE_LAYERS, "conv5_2")
@@ -39,7 +41,7 @@ def pictures() -> tuple[np.ndarray, np.ndarray]:
 def resized(rows: int) -> tuple[np.ndarray, np.ndarray]:
     content, style = pictures()
     (size,) = deepstyle.picture_sizes(content.shape, deepstyle.Settings(image_size=rows))
-    return deepstyle.resize(content, size), deepstyle.resize(style, size)
+    return resize(content, size), resize(style, size)
 
 
 class Course:
@@ -56,7 +58,7 @@ def run_deepstyle(rows: int, num_iter: int, scales: int = 1) -> list:
     settings = deepstyle.Settings(image_size=rows, num_iter=num_iter, scales=scales, tile="off")
     content, style = pictures()
     weights, _ = deepstyle.load_weights()
-    deepstyle.import_keras()
+    import_keras()
     full_size = deepstyle.picture_sizes(content.shape, settings)[-1]
     course = Course()
 
@@ -74,7 +76,7 @@ def run_coarse_to_fine(rows: int, num_iter: int) -> list:
 
 
 def run_old_way(rows: int, num_iter: int) -> list:
-    deepstyle.import_keras()  # which tells TensorFlow to use oneDNN
+    import_keras()  # which tells TensorFlow to use oneDNN
     import tensorflow as tf
     from scipy import optimize
 

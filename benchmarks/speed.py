@@ -22,14 +22,18 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
 import deepstyle  # noqa: E402, it is not installed but lies above
+from deepstyle_support.backend import import_keras  # noqa: E402
+from deepstyle_support.memory import needed_memory  # noqa: E402
+from deepstyle_support.pictures import resize  # noqa: E402
+from deepstyle_support.vgg import CHANNELS, stride  # noqa: E402
 
 
 def gigaflop(size: tuple[int, int]) -> float:
     """Of all convolutions up to conv5_2, forward and backward."""
     total, inputs = 0, 3
-    for name, outputs in deepstyle.CHANNELS["vgg16"].items():
+    for name, outputs in CHANNELS["vgg16"].items():
         if name <= "conv5_2":
-            positions = (size[0] // deepstyle.stride(name)) * (size[1] // deepstyle.stride(name))
+            positions = (size[0] // stride(name)) * (size[1] // stride(name))
             total += 2 * 2 * 9 * inputs * outputs * positions
             inputs = outputs
     return total / 1e9
@@ -37,7 +41,7 @@ def gigaflop(size: tuple[int, int]) -> float:
 
 def matrix_product() -> float:
     """GFLOP/s of Keras's backend for float32 matrices, the best of several."""
-    ops = deepstyle.import_keras().ops
+    ops = import_keras().ops
     n, seconds = 3000, []
     a = ops.ones((n, n))
     for _ in range(8):
@@ -51,7 +55,7 @@ def objective_of(rows: int, tile: int | None):
     """The objective of two of the pictures that come with the program, with four columns to three rows."""
     size = (rows, rows * 4 // 3)
     pictures = (
-        deepstyle.resize(deepstyle.read_picture(str(FOLDER / "images" / name))[0], size)
+        resize(deepstyle.read_picture(str(FOLDER / "images" / name))[0], size)
         for name in ("rocket.jpg", "composition_viii.jpg")
     )
     content, style = pictures
@@ -94,7 +98,7 @@ def measure(rows: int, tile: int | None, evaluations: int) -> dict:
         "gflops": gigaflop(content.shape[:2]) / seconds,
         "outside": 1 - (insides[-1] - insides[0]) / (ends[-1] - ends[0]),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "estimated_bytes": sum(deepstyle.needed_memory(content.shape[:2], tile, evaluations)),
+        "estimated_bytes": sum(needed_memory(content.shape[:2], tile, evaluations)),
     }
 
 

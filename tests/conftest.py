@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import deepstyle
+from deepstyle_support.pictures import resize
+from deepstyle_support.weights import random_weights
 
 IMAGES = Path(__file__).parent.parent / "images"
 SMALL = ["--weights", "random", "--image_size", "32", "--num_iter", "2"]
@@ -14,13 +15,13 @@ SMALL = ["--weights", "random", "--image_size", "32", "--num_iter", "2"]
 
 @pytest.fixture(scope="session")
 def untrained():
-    return deepstyle.random_weights(seed=0)
+    return random_weights(seed=0)
 
 
 def smooth_picture(seed, rows, columns):
     """(rows, columns, 3) uint8: random colours in patches, so that it has edges and areas."""
     colours = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), np.uint8)
-    return deepstyle.resize(colours, (rows, columns), "bicubic")
+    return resize(colours, (rows, columns), "bicubic")
 
 
 @pytest.fixture

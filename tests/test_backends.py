@@ -21,7 +21,7 @@ from test_objective import pictures
 
 for pool_type in ("ave", "max"):
     content, style, x = pictures(40, 230)
-    options = {"weights": deepstyle.random_weights(0), "pool_type": pool_type}
+    options = {"weights": random_weights(0), "pool_type": pool_type}
     for name, objective in (
         ("whole", deepstyle.Objective(content, style, **options)),
         ("tiled", deepstyle.Objective(content, style, tile=112, **options)),

@@ -16,8 +16,10 @@ from conftest import SMALL, smooth_picture
 from PIL import Image
 
 import deepstyle
+from deepstyle_support.vgg import CHANNELS, keras_name
+from deepstyle_support.weights import random_weights
 
-LAYERS = ", ".join(deepstyle.CHANNELS["vgg16"])
+LAYERS = ", ".join(CHANNELS["vgg16"])
 RUN = ["good.png", "style.png", "out/a"]
 
 # (arguments, what the line must say)
@@ -188,12 +190,12 @@ def folder(tmp_path_factory, untrained):
     for name, size in sizes.items():
         Image.new("1", size).save(folder / f"{name}.png")
     networks = {"other.h5": untrained, "small.h5": {"conv1_1": untrained["conv1_1"]}}
-    networks["other19.h5"] = deepstyle.random_weights(0, "vgg19")
+    networks["other19.h5"] = random_weights(0, "vgg19")
     networks["nan.h5"] = untrained | {"conv3_2": (untrained["conv3_2"][0], np.full(256, np.nan, np.float32))}
     for name, network in networks.items():
         with h5py.File(folder / name, "w") as file:
             for layer, (kernel, bias) in network.items():
-                file[f"{deepstyle.keras_name(layer)}/W"], file[f"{deepstyle.keras_name(layer)}/b"] = kernel, bias
+                file[f"{keras_name(layer)}/W"], file[f"{keras_name(layer)}/b"] = kernel, bias
     (folder / "cut.h5").write_bytes((folder / "other.h5").read_bytes()[:1_000_000])
     (folder / "zip.whl").write_bytes(b"PK\x03\x04" + zlib.compress(b"no archive"))
     (folder / "trap").mkdir()

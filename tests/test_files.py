@@ -9,6 +9,9 @@ from PIL import Image
 
 import deepstyle
 from deepstyle import Settings
+from deepstyle_support.disk import write_whole
+from deepstyle_support.files import base_path
+from deepstyle_support.pictures import from_input_space
 
 
 def names(folder):
@@ -23,7 +26,7 @@ def test_prefix_names_the_files(tmp_path):
     (tmp_path / "there").mkdir()
     bases = {"out/a": "out/a", "out/": "out/result_image", str(tmp_path / "there"): f"{tmp_path}/there/result_image"}
     for prefix, expected in bases.items():
-        base = deepstyle.base_path(prefix)
+        base = base_path(prefix)
         assert str(deepstyle.picture_path(base, 3)) == f"{expected}_at_iteration_3.png"
         assert str(deepstyle.state_path(base)) == f"{expected}_state.npz"
 
@@ -38,10 +41,10 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(deepstyle.UserError, match=r"cannot write .*No space left") as caught:
-        deepstyle.write_whole(path, half)
+        write_whole(path, half)
     assert caught.value.status == 1
     assert path.read_bytes() == b"before"
-    deepstyle.write_whole(path, lambda file: file.write(b"after"))
+    write_whole(path, lambda file: file.write(b"after"))
     assert path.read_bytes() == b"after"
     assert names(tmp_path) == ["a.png"]
 
@@ -52,7 +55,7 @@ def test_every_iteration_leaves_its_state(picture_files, tmp_path):
         assert state["iteration"] == 2
         assert state["x"].dtype == np.float32
         assert state["losses"].shape == (3, 4)
-        shown = deepstyle.from_input_space(state["x"])
+        shown = from_input_space(state["x"])
         shaped_by = json.loads(str(state["shaped_by"]))
     saved = np.asarray(Image.open(tmp_path / "a_at_iteration_2.png"))
     np.testing.assert_allclose(shown.astype(int), saved, atol=1)  # float32 may round the other way

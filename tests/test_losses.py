@@ -9,6 +9,8 @@ from conftest import smooth_picture
 
 import deepstyle
 from deepstyle import Settings
+from deepstyle_support.pictures import mask_on_grid
+from deepstyle_support.vgg import halo
 
 SIZE = (37, 51)  # odd, so that pooling leaves rows and columns out
 LAYERS = deepstyle.STYLE_LAYERS
@@ -147,10 +149,10 @@ def test_a_mask_is_averaged_over_the_pixels_behind_each_position():
     mask = soft_mask(8)
     for stride in (1, 2, 16):
         layer = f"conv{round(math.log2(stride)) + 1}_1"
-        np.testing.assert_allclose(deepstyle.mask_on_grid(mask, SIZE, stride), on_grid(mask, layer), rtol=1e-5)
+        np.testing.assert_allclose(mask_on_grid(mask, SIZE, stride), on_grid(mask, layer), rtol=1e-5)
     larger = np.random.default_rng(9).integers(0, 256, (3 * SIZE[0], 3 * SIZE[1]), np.uint8)
     means = larger.reshape(SIZE[0], 3, SIZE[1], 3, 1).mean((1, 3)) / 255
-    np.testing.assert_allclose(deepstyle.mask_on_grid(larger, SIZE), means, rtol=1e-5)
+    np.testing.assert_allclose(mask_on_grid(larger, SIZE), means, rtol=1e-5)
 
 
 def test_a_style_of_another_size_counts_as_if_it_were_as_large_as_the_picture(untrained, found):
@@ -235,4 +237,4 @@ def test_vgg19_has_its_own_layers(untrained):
     assert objective.evaluate(some_x()).parts["content conv5_4"] == pytest.approx(expected, rel=1e-4)
     with pytest.raises(deepstyle.UserError, match="--content_layer is 'conv5_4'"):
         Settings(content_layer="conv5_4")
-    assert deepstyle.halo(["conv5_4"], "vgg19") > deepstyle.halo(["conv5_3"])
+    assert halo(["conv5_4"], "vgg19") > halo(["conv5_3"])

@@ -8,6 +8,8 @@ from conftest import smooth_picture
 
 import deepstyle
 from deepstyle import Settings
+from deepstyle_support.memory import free_memory, needed_memory
+from deepstyle_support.vgg import halo
 
 GB = 10**9
 
@@ -52,7 +54,7 @@ def test_tiles_are_exact_for_any_layers_in_use(untrained, options):
 
 def test_a_halo_one_position_smaller_would_be_wrong(untrained, monkeypatch):
     whole, tiled, x = both(untrained, 230, 36, 32, content_weight=10.0)
-    halo = deepstyle.halo
+    halo = halo
     assert [halo([name]) for name in ("conv1_1", "conv2_1", "conv4_3", "conv5_1", "conv5_3")] == [1, 4, 48, 64, 96]
     monkeypatch.setattr(deepstyle, "halo", lambda layers, model: halo(layers) - 16)
     with pytest.raises(AssertionError):
@@ -107,13 +109,13 @@ def test_free_memory_is_the_least_of_what_machine_cgroup_and_user_allow(monkeypa
         raise FileNotFoundError
 
     monkeypatch.setattr(deepstyle.Path, "read_text", read_text)
-    assert deepstyle.free_memory(0.0) == (4_096_000_000, 0)
+    assert free_memory(0.0) == (4_096_000_000, 0)
     files["/sys/fs/cgroup/memory.max"] = "3000000000\n"
-    assert deepstyle.free_memory(0.0) == (3_000_000_000, 0)
-    assert deepstyle.free_memory(2.5) == (2_500_000_000, 0)
+    assert free_memory(0.0) == (3_000_000_000, 0)
+    assert free_memory(2.5) == (2_500_000_000, 0)
     said = type("Said", (), {"stdout": "8000\n16000\n"})
     monkeypatch.setattr(deepstyle.subprocess, "run", lambda command, **options: said)
-    assert deepstyle.free_memory(0.0) == (3_000_000_000, 8000 * 2**20)
+    assert free_memory(0.0) == (3_000_000_000, 8000 * 2**20)
 
 
 def test_a_picture_is_tiled_only_when_it_has_to_be_with_the_largest_tiles(monkeypatch):
@@ -126,14 +128,14 @@ def test_a_picture_is_tiled_only_when_it_has_to_be_with_the_largest_tiles(monkey
     assert plan.history == 10
     assert plan.needed <= 12 * GB
     larger = 3000 / (round(3000 / plan.tile) - 1)
-    assert sum(deepstyle.needed_memory(size, int(larger), 10)) > 12 * GB
+    assert sum(needed_memory(size, int(larger), 10)) > 12 * GB
 
 
 def test_corrections_are_given_up_before_tiles_get_small(monkeypatch):
     size, settings = (3072, 3072), Settings(history=8)
-    have(monkeypatch, sum(deepstyle.needed_memory(size, 512, 6)) / GB + 0.01)
+    have(monkeypatch, sum(needed_memory(size, 512, 6)) / GB + 0.01)
     assert deepstyle.plan_memory(size, settings)[:2] == (512, 6)
-    have(monkeypatch, sum(deepstyle.needed_memory(size, 256, 5)) / GB + 0.01)
+    have(monkeypatch, sum(needed_memory(size, 256, 5)) / GB + 0.01)
     plan = deepstyle.plan_memory(size, settings)
     assert plan[:2] == (256, 5)
     assert "keeps 5 corrections instead of 8" in deepstyle.describe_plan(plan, settings)

@@ -15,6 +15,7 @@ from PIL import Image
 
 import deepstyle
 from deepstyle import Pictures, Settings
+from deepstyle_support.pictures import from_input_space, match_colours, resize
 
 
 def run(picture_files, prefix, *flags):
@@ -106,7 +107,7 @@ def test_the_animation_begins_with_the_start_and_holds_the_last_picture(picture_
     path = tmp_path / "new" / f"a.{kind}"
     assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--every", 3, "--animation", path) == 0
     frames = imageio.v3.imread(path, index=None if kind == "mp4" else ...)
-    start = deepstyle.resize(deepstyle.read_picture(picture_files[0])[0], (32, 42))
+    start = resize(deepstyle.read_picture(picture_files[0])[0], (32, 42))
     last = pixels(tmp_path / "a_at_iteration_3.png")
     assert frames.shape == (10 if kind == "mp4" else 4, 32, 42, 3)
     for frame, expected in ((frames[0], start), (frames[3], last), (frames[-1], last)):
@@ -196,7 +197,7 @@ def test_matched_styles_have_the_contents_mean_and_covariance():
     # In the content red and green go together, in the style green and blue.
     mixed = ([[1, 0.8, 0], [0, 0.3, 0], [0, 0, 0.2]], [[0.2, 0, 0], [0, 1, 0.9], [0, 0, 0.3]])
     content, style = (np.uint8(smooth_picture(n, 60, 50) / 3 @ np.array(mix) + 60) for n, mix in enumerate(mixed, 1))
-    matched = deepstyle.match_colours(style, content)
+    matched = match_colours(style, content)
     wanted, got = (picture.reshape(-1, 3).astype(float) for picture in (content, matched))
     np.testing.assert_allclose(got.mean(0), wanted.mean(0), atol=0.5)
     np.testing.assert_allclose(np.cov(got.T), np.cov(wanted.T), atol=0.02 * np.cov(wanted.T).max())
@@ -207,7 +208,7 @@ def test_matched_styles_have_the_contents_mean_and_covariance():
 def test_a_grey_style_is_not_blown_up_to_noise():
     grey = np.repeat(np.uint8(smooth_picture(2, 40, 40)[..., :1]), 3, axis=2)
     grey[0, 0, 0] += 1  # one pixel with a little colour
-    matched = deepstyle.match_colours(grey, smooth_picture(1, 40, 40))
+    matched = match_colours(grey, smooth_picture(1, 40, 40))
     assert matched.std() < 120
     assert np.abs(matched[0, 0].astype(int) - matched[0, 1]).max() < 60
 
@@ -218,7 +219,7 @@ def test_match_recolours_the_styles_and_leaves_the_result_alone(untrained, monke
     pictures = Pictures(smooth_picture(1, 40, 40), (smooth_picture(2, 40, 40),))
     settings = Settings(image_size=40, preserve_color="match")
     deepstyle.objective_at((40, 40), pictures, settings, untrained, None)
-    np.testing.assert_array_equal(shown[0], deepstyle.match_colours(pictures.styles[0], pictures.content))
+    np.testing.assert_array_equal(shown[0], match_colours(pictures.styles[0], pictures.content))
     x = deepstyle.to_input_space(pictures.styles[0])
     np.testing.assert_array_equal(deepstyle.finish(x, pictures.content, settings), pictures.styles[0])
 
@@ -244,14 +245,14 @@ def test_the_contents_colours_are_kept_where_the_color_mask_is():
 def test_a_run_can_begin_with_grey_or_with_a_picture(picture_files, tmp_path):
     content, _ = deepstyle.read_picture(picture_files[0])
     pictures = Pictures(content, (content,))
-    start = deepstyle.from_input_space(deepstyle.start_picture(pictures, (32, 42), Settings(init_image="gray")))
+    start = from_input_space(deepstyle.start_picture(pictures, (32, 42), Settings(init_image="gray")))
     grey = np.asarray(Image.fromarray(content).convert("L").resize((42, 32), Image.Resampling.BILINEAR))
     for channel in range(3):
         np.testing.assert_allclose(start[..., channel].astype(int), grey, atol=1)
     settings = Settings(init_image=picture_files[1], image_size=32, weights="random", num_iter=1)
     pictures = Pictures(content, (content,), start=deepstyle.read_start(settings))
-    start = deepstyle.from_input_space(deepstyle.start_picture(pictures, (32, 42), settings))
-    np.testing.assert_array_equal(start, deepstyle.resize(deepstyle.read_picture(picture_files[1])[0], (32, 42)))
+    start = from_input_space(deepstyle.start_picture(pictures, (32, 42), settings))
+    np.testing.assert_array_equal(start, resize(deepstyle.read_picture(picture_files[1])[0], (32, 42)))
 
 
 @pytest.mark.parametrize("start", ["gray", "style.png"])

@@ -9,6 +9,7 @@ from PIL import Image
 
 import deepstyle
 from deepstyle import Settings
+from deepstyle_support.pictures import MEAN_BGR, RESAMPLING, enlarge, from_input_space, resize
 
 
 def read(path):
@@ -72,18 +73,18 @@ def test_each_scale_has_twice_the_rows_of_the_one_before():
 
 def test_enlarging_keeps_fractions_and_values_beyond_the_range():
     x = np.random.default_rng(0).normal(0, 300, (5, 7, 3)).astype(np.float32)
-    larger = deepstyle.enlarge(x, (10, 14))
+    larger = enlarge(x, (10, 14))
     assert larger.shape == (10, 14, 3)
     assert larger.dtype == np.float32
     np.testing.assert_allclose(larger.mean((0, 1)), x.mean((0, 1)), atol=25)
     assert np.ptp(larger) > 255
-    np.testing.assert_allclose(deepstyle.enlarge(np.full((5, 7, 3), 0.25, np.float32), (10, 14)), 0.25)
+    np.testing.assert_allclose(enlarge(np.full((5, 7, 3), 0.25, np.float32), (10, 14)), 0.25)
 
 
 def test_resizing_is_pillows_bilinear():
     picture = smooth_picture(1, 40, 60)
     expected = Image.fromarray(picture).resize((30, 20), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(deepstyle.resize(picture, (20, 30)), np.asarray(expected))
+    np.testing.assert_array_equal(resize(picture, (20, 30)), np.asarray(expected))
 
 
 @pytest.mark.parametrize("method", ["nearest", "bilinear", "bicubic"])
@@ -96,7 +97,7 @@ def test_rescaled_picture_has_the_contents_size(method):
 
 
 def test_cubic_is_another_name_for_bicubic():
-    assert deepstyle.RESAMPLING["cubic"] == deepstyle.RESAMPLING["bicubic"]
+    assert RESAMPLING["cubic"] == RESAMPLING["bicubic"]
 
 
 def test_preserve_color_keeps_the_results_luma_and_the_contents_chroma():
@@ -116,9 +117,9 @@ def test_input_space_is_bgr_minus_the_means_and_back():
     picture = np.uint8([[[255, 128, 0]]])
     x = deepstyle.to_input_space(picture)
     assert x.ravel().tolist() == pytest.approx([0 - 103.939, 128 - 116.779, 255 - 123.68])
-    np.testing.assert_array_equal(deepstyle.from_input_space(x), picture)
+    np.testing.assert_array_equal(from_input_space(x), picture)
 
 
 def test_saved_values_are_rounded_and_clipped():
-    x = np.float64([[[300, 99.6, -50]]]) - deepstyle.MEAN_BGR
-    assert deepstyle.from_input_space(x).tolist() == [[[0, 100, 255]]]
+    x = np.float64([[[300, 99.6, -50]]]) - MEAN_BGR
+    assert from_input_space(x).tolist() == [[[0, 100, 255]]]

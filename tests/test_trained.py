@@ -5,6 +5,7 @@ import pytest
 from conftest import IMAGES
 
 import deepstyle
+from deepstyle_support.pictures import resize
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +33,8 @@ def test_style_loss_falls_twentyfold_in_three_iterations(trained):
     content, style = (deepstyle.read_picture(str(IMAGES / name))[0] for name in ("rocket.jpg", "composition_viii.jpg"))
     settings = deepstyle.Settings(image_size=128, num_iter=3)
     size = deepstyle.picture_sizes(content.shape, settings)[-1]
-    small = deepstyle.resize(content, size)
-    before = deepstyle.Objective(small, deepstyle.resize(style, size), weights=trained).evaluate(
-        deepstyle.to_input_space(small)
-    )
+    small = resize(content, size)
+    before = deepstyle.Objective(small, resize(style, size), weights=trained).evaluate(deepstyle.to_input_space(small))
     *_, last = deepstyle.paint(deepstyle.Pictures(content, (style,)), settings, trained)
     assert last.number == 3
     assert last.style_loss < before.sum_of("style") / 20

