@@ -11,18 +11,14 @@ painting, run. What surrounds the method is in deepstyle_support/, a concern a m
 """
 
 import argparse
-import atexit
 import contextlib
 import copy
 import dataclasses
 import functools
-import gc
 import itertools
 import math
 import os
-import queue
 import re
-import shlex
 import sys
 import threading
 import time
@@ -36,7 +32,8 @@ try:
     from PIL import Image
 
     from deepstyle_support.backend import describe_device, import_keras, parts_and_gradient
-    from deepstyle_support.files import Outputs, base_path, read_made
+    from deepstyle_support.callbacks import Closed, as_generator
+    from deepstyle_support.files import Outputs, base_path
     from deepstyle_support.memory import SMALLEST, Plan, plan_memory
     from deepstyle_support.messages import UserError, require_choice, tell, words
     from deepstyle_support.pictures import (
@@ -52,6 +49,7 @@ try:
         to_input_space,
         with_colours_of,
     )
+    from deepstyle_support.provenance import description
     from deepstyle_support.records import Iteration, State
     from deepstyle_support.terminal import progress_bar, signals_as_wishes
     from deepstyle_support.vgg import CHANNELS, halo, layer_name, stride
@@ -193,7 +191,7 @@ class Describe(argparse.Action):
     """--describe: as with --version, nothing else is done."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: object, path: Any, option: object = None) -> None:
-        print(description(path))
+        print(description(path, dataclasses.asdict(Settings())))
         parser.exit()
 
 
@@ -418,7 +416,6 @@ class Loss(NamedTuple):
     name: str  # "content conv5_2", "style conv1_1" (or "style 2 conv1_1", of several styles) or "total variation"
     weight: float  # with all its factors
     place: Place
-    target: object = None  # a style's Gram matrix
 
 
 def weighted_losses(settings: Settings, size: tuple[int, int], styles: int, masks: dict[str, np.ndarray]) -> list[Loss]:
@@ -442,6 +439,55 @@ def weighted_losses(settings: Settings, size: tuple[int, int], styles: int, mask
     return [part for part in parts if part.weight]
 
 
+def layers_of(losses: Iterable[Loss]) -> set[str]:
+    """The layers at which they look."""
+    return {loss.place.layer for loss in losses} - {"picture"}
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(losses: tuple[Loss, ...], pixels: int, pool_type: str) -> Callable:
+    """`weighted_parts` with its gradient, compiled once for all objectives with such losses.
+
+    A backend keeps what it has compiled: without this each picture that a process paints would leave 12 to 25 MB.
+    """
+    return parts_and_gradient(functools.partial(weighted_parts, losses, pixels, pool_type))
+
+
+def weighted_parts(
+    losses: tuple[Loss, ...],
+    pixels: int,
+    pool_type: str,
+    x: Any,
+    weights: dict[str, tuple],
+    content_targets: dict[str, Any],
+    style_targets: dict[str, Any],
+    masks: dict[Place, Any],
+    whole_grams: dict[Place, Any],
+) -> dict[str, Any]:
+    """What the positions of a tile add to each part, weighted: {name: loss}. No mask means all of them.
+
+    x: (h, w, 3) float32 tensor; pixels: of the whole picture. With `whole_grams` the value of a style loss is that of
+    the whole picture, and only its gradient that of the tile.
+    """
+    found = dict(features(x, weights, layers_of(losses), pool_type))
+    grams = {}
+    for place in dict.fromkeys(loss.place for loss in losses if loss.name.startswith("style")):
+        grams[place] = gram_matrix(found[place.layer], masks.get(place))
+        if place in whole_grams:
+            grams[place] = whole_grams[place] + grams[place] - import_keras().ops.stop_gradient(grams[place])
+    parts = {}
+    for name, weight, place in losses:
+        mask = masks.get(place)
+        if name.startswith("style"):
+            loss = style_loss(grams[place], style_targets[name], pixels)
+        elif name.startswith("content"):
+            loss = content_loss(found[place.layer], content_targets[place.layer], mask)
+        else:
+            loss = total_variation(x, mask)
+        parts[name] = weight * loss
+    return parts
+
+
 class TileLosses:
     """What is computed for one tile of a picture: its Gram matrices and, given the whole picture's, its gradient.
 
@@ -458,10 +504,10 @@ class TileLosses:
         weights: Weights,
         pool_type: str,
     ):
-        self.losses, self.masks, self.size, self.pool_type = losses, masks, size, pool_type
+        self.losses, self.masks, self.size, self.pool_type = tuple(losses), masks, size, pool_type
         self.weights = on_device(weights)
         self.content_targets: dict[str, np.ndarray] = {}  # {layer: (h, w, C)}, in NumPy: not on a GPU
-        self._differentiated = parts_and_gradient(self._parts)
+        self.style_targets: dict[str, Any] = {}
 
     def places(self, kind: str = "") -> list[Place]:
         """Where the losses of this kind look."""
@@ -469,22 +515,18 @@ class TileLosses:
 
     def layers(self) -> set[str]:
         """The layers that an evaluation needs."""
-        return {place.layer for place in self.places()} - {"picture"}
+        return layers_of(self.losses)
 
-    def aim(self, content_targets: dict[str, np.ndarray], style_grams: list[np.ndarray | None]) -> None:
-        """Set the targets: the content's features at its layers, and for each loss, if of a style, a (C, C)."""
+    def aim(self, content_targets: dict[str, np.ndarray], style_targets: dict[str, np.ndarray]) -> None:
+        """Set the targets: the content's features, {layer: (h, w, C)}, and the styles' Grams, {loss: (C, C)}."""
         self.content_targets = content_targets
         to_tensor = import_keras().ops.convert_to_tensor
-        self.losses = [
-            loss if gram is None else loss._replace(target=to_tensor(gram))
-            for loss, gram in zip(self.losses, style_grams, strict=True)
-        ]
+        self.style_targets = {name: to_tensor(gram) for name, gram in style_targets.items()}
 
     def only(self, name: str) -> "TileLosses":
         """The loss of this name alone."""
         alone = copy.copy(self)
-        alone.losses = [loss for loss in self.losses if loss.name == name]
-        alone._differentiated = parts_and_gradient(alone._parts)
+        alone.losses = tuple(loss for loss in self.losses if loss.name == name)
         return alone
 
     def features(self, tile: Tile, x: np.ndarray, layers: Collection[str]) -> Iterator[tuple[str, Any]]:
@@ -516,7 +558,9 @@ class TileLosses:
         """
         targets = {layer: f[tile.at(stride(layer))[2]] for layer, f in self.content_targets.items()}
         masks = {place: mask for place in self.places() if (mask := self.mask(tile, place)) is not None}
-        return self._differentiated(np.float32(x[tile.window]), self.weights, targets, masks, whole_grams)
+        differentiated = compiled(self.losses, math.prod(self.size), self.pool_type)
+        given = self.weights, targets, self.style_targets, masks, whole_grams
+        return differentiated(np.float32(x[tile.window]), *given)
 
     def mask(self, tile: Tile, place: Place) -> np.ndarray | None:
         """(h, w, 1): how much each position of the tile's window counts; None where all count the same."""
@@ -526,29 +570,6 @@ class TileLosses:
         if tile.own != tile.window:
             mask = tile.mask(step) if mask is None else mask * tile.mask(step)
         return mask
-
-    def _parts(self, x: Any, weights: dict, content_targets: dict, masks: dict, whole_grams: dict) -> dict[str, Any]:
-        """What the positions of a tile add to each part, weighted: {name: loss}. No mask means all of them.
-
-        x: (h, w, 3) float32 tensor. With `whole_grams` the value of a style loss is that of the whole picture, and only
-        its gradient that of the tile. The weights are given, since TensorFlow never lets go of what a function with
-        gradients of our own takes from its surroundings.
-        """
-        found = dict(features(x, weights, self.layers(), self.pool_type))
-        grams = {place: gram_matrix(found[place.layer], masks.get(place)) for place in self.places("style")}
-        for place, whole in whole_grams.items():
-            grams[place] = whole + grams[place] - import_keras().ops.stop_gradient(grams[place])
-        parts = {}
-        for name, weight, place, target in self.losses:
-            mask = masks.get(place)
-            if name.startswith("style"):
-                loss = style_loss(grams[place], target, math.prod(self.size))
-            elif name.startswith("content"):
-                loss = content_loss(found[place.layer], content_targets[place.layer], mask)
-            else:
-                loss = total_variation(x, mask)
-            parts[name] = weight * loss
-        return parts
 
 
 class Objective:
@@ -575,8 +596,6 @@ class Objective:
         weights: Weights | str | None = None,
         **options: Any,
     ):
-        # An earlier Objective is referred to by its own compiled function, and would stay, with 120 MB of weights.
-        gc.collect()
         settings = Settings(**options)
         pictures = Pictures(content, as_styles(style), tuple(style_masks), content_mask)
         if not isinstance(weights, dict):
@@ -584,9 +603,9 @@ class Objective:
         self.size = content.shape[0], content.shape[1]
         self.model = settings.model
         self.tile = int(settings.tile) if settings.tile.isdigit() else None
-        masks = {name.replace(" mask", ""): mask for name, mask in pictures.named().items() if "mask" in name}
+        masks = pictures.masks()
         losses = weighted_losses(settings, self.size, len(pictures.styles), masks)
-        placed = masks_at_places({loss.place for loss in losses}, masks, self.size)
+        placed = masks_at_places(losses, masks, self.size)
         self.of_tile = TileLosses(losses, placed, self.size, weights, settings.pool_type)
         self.of_tile.aim(self._content_targets(to_input_space(content)), self._style_targets(pictures.styles))
 
@@ -650,18 +669,18 @@ class Objective:
                 found[layer][tile.at(stride(layer))[0]] = f
         return found
 
-    def _style_targets(self, styles: tuple[np.ndarray, ...]) -> list[np.ndarray | None]:
-        """For each loss, if of a style: that style's Gram matrix, as if the style were as large as the picture."""
-        targets: list[np.ndarray | None] = [None] * len(self.of_tile.losses)
+    def _style_targets(self, styles: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        """For each loss of a style: that style's Gram matrix, as if the style were as large as the picture."""
+        targets = {}
         for number, style in enumerate(styles, 1):
             kind = "style " if len(styles) == 1 else f"style {number} "
-            layers = [loss.place.layer for loss in self.of_tile.losses if loss.name.startswith(kind)]
-            grams = self._grams(self.of_tile, to_input_space(style), [Place(layer) for layer in layers])
-            for index, loss in enumerate(self.of_tile.losses):
-                if loss.name.startswith(kind):
-                    step = stride(loss.place.layer)
-                    own, other = (math.prod(length // step for length in size[:2]) for size in (self.size, style.shape))
-                    targets[index] = grams[Place(loss.place.layer)] * np.float32(own / other)
+            layers = {loss.name: loss.place.layer for loss in self.of_tile.losses if loss.name.startswith(kind)}
+            grams = self._grams(self.of_tile, to_input_space(style), [Place(layer) for layer in layers.values()])
+            for name, layer in layers.items():
+                own, other = (
+                    math.prod(length // stride(layer) for length in size[:2]) for size in (self.size, style.shape)
+                )
+                targets[name] = grams[Place(layer)] * np.float32(own / other)
         return targets
 
     def _part_gone_wrong(self, x: np.ndarray) -> str:
@@ -673,15 +692,13 @@ class Objective:
         return "summed"
 
 
-def masks_at_places(
-    places: Iterable[Place], masks: dict[str, np.ndarray], size: tuple[int, int]
-) -> dict[Place, np.ndarray]:
+def masks_at_places(losses: list[Loss], masks: dict[str, np.ndarray], size: tuple[int, int]) -> dict[Place, np.ndarray]:
     """(h, w, 1) float32 for each place with a mask. A style's has a mean of 1, so a small part gets all of it.
 
     Raises UserError if nothing of a mask is left at a place.
     """
     found = {}
-    for place in places:
+    for place in dict.fromkeys(loss.place for loss in losses):
         if place.mask:
             mask = mask_on_grid(masks[place.mask], size, stride(place.layer))
             if not mask.any():
@@ -807,57 +824,6 @@ def scipy_lbfgs(evaluate: Evaluate, start: np.ndarray, history: int) -> Points:
     return as_generator(run)
 
 
-class Closed(Exception):
-    """Raised in the thread of `as_generator` when nobody wants more items."""
-
-
-def as_generator(run: Callable[[Callable, threading.Event], None]) -> Generator:
-    """A generator of the items that run(hand_over, closed) hands over as it goes.
-
-    SciPy calls us, and whoever iterates wants to call us too: a thread serves both. Only one of
-    the two ever runs: run() waits in hand_over() until the next item is asked for. After the
-    generator is closed, `closed` is set and hand_over() raises Closed.
-    """
-    items: queue.SimpleQueue = queue.SimpleQueue()
-    asked, closed = threading.Semaphore(0), threading.Event()
-    end, failure = object(), []
-
-    def hand_over(item: object) -> None:
-        items.put(item)
-        asked.acquire()
-        if closed.is_set():
-            raise Closed
-
-    def work() -> None:
-        try:
-            run(hand_over, closed)
-        except Closed:
-            pass
-        except BaseException as error:  # it belongs to whoever iterates, not to this thread
-            failure.append(error)
-        items.put(end)
-
-    # Python waits for other threads before it ends, and for this one in vain if the generator was left as it is.
-    thread = threading.Thread(target=work, name="deepstyle-optimiser", daemon=True)
-
-    def close() -> None:
-        closed.set()
-        asked.release()
-        thread.join()
-
-    atexit.register(close)
-    thread.start()
-    try:
-        while (item := items.get()) is not end:
-            yield item
-            asked.release()
-    finally:
-        atexit.unregister(close)
-        close()
-    if failure:
-        raise failure[0]
-
-
 # ---------------------------------------------------------------------------------- painting
 
 
@@ -903,6 +869,8 @@ def check_agreement(pictures: Pictures, settings: Settings) -> None:
     weights_of_styles(settings, len(pictures.styles))
     for size in picture_sizes(pictures.content.shape, settings):
         style_sizes(pictures.styles, size, settings)
+        losses = weighted_losses(settings, size, len(pictures.styles), pictures.masks())
+        masks_at_places(losses, pictures.masks(), size)
     if pictures.color_mask is not None and settings.preserve_color != "luma":
         raise UserError("--color_mask says where --preserve_color luma applies; give that flag as well")
 
@@ -1087,8 +1055,6 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     outputs = outputs_of(arguments)
     outputs.check(input_paths(arguments, settings), size)
     weights, source = load_weights(settings.weights, settings.seed, settings.model)
-    import_keras()
-    outputs.made = how_it_is_made(arguments, settings, plan)
     from rich.console import Console
 
     console = Console(quiet=arguments.quiet, soft_wrap=True, markup=False, highlight=False)
@@ -1099,6 +1065,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
             if not arguments.quiet:
                 tell(f"nothing to do: {done} iterations are done; a larger --num_iter goes on from there")
             return 0
+        outputs.made = how_it_is_made(arguments, settings, plan)  # loads Keras: it must work before anything is moved
         if not state and (moved := outputs.clear_the_way(arguments.overwrite)):
             console.print(moved)
         if arguments.resume:
@@ -1159,31 +1126,6 @@ def how_it_is_made(arguments: argparse.Namespace, settings: Settings, plan: Plan
         "allow_large": arguments.allow_large,
         "backend": import_keras().backend.backend(),
     }
-
-
-def command_again(made: dict[str, Any]) -> str:
-    """A command line that makes the same pictures, from what `how_it_is_made` returned."""
-    command = ["python", "deepstyle.py", *made["pictures"], made["prefix"]]
-    defaults = dataclasses.asdict(Settings())
-    for name, value in (made["settings"] | made["masks"]).items():
-        if words(value) != words(defaults.get(name)):
-            command += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
-    command += ["--allow_large"] * made["allow_large"]
-    backend = [] if made["backend"] == "tensorflow" else ["env", f"KERAS_BACKEND={made['backend']}"]
-    return shlex.join(backend + command)
-
-
-def description(path: str) -> str:
-    """How a picture was made, in lines, with a command that makes it again. Raises UserError if it does not say."""
-    made = read_made(path)
-    command = made.pop("command") if "command" in made else command_again(made)  # 0.2.0 wrote the command itself
-    again = (
-        "makes it again"
-        if made["exact"]
-        else "comes close to it, not bit for bit, since the run was stopped on the way"
-    )
-    lines = [f"{name}: {value}" for name, value in made.items() if isinstance(value, str | float | int)]
-    return "\n".join([*lines, f"this {again}, as its iteration {made['iteration']}:", command])
 
 
 def input_paths(arguments: argparse.Namespace, settings: Settings) -> list[str]:

@@ -77,9 +77,9 @@ def measure(rows: int, tile: int | None, evaluations: int) -> dict:
 
         return call
 
-    objective._differentiated = timed(objective._differentiated)
+    objective.of_tile.parts_and_gradient = timed(objective.of_tile.parts_and_gradient)
     if tile:
-        objective._grams = timed(objective._grams)
+        objective.of_tile.grams = timed(objective.of_tile.grams)
     ends, insides = [], []
 
     def on_evaluation(count: int, loss: float) -> None:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .messages import UserError
+from .messages import UserError, require_choice
 
 
 def import_keras():
     """Keras on its backend, loaded only when there is something to compute: it takes seconds."""
     if "keras" not in sys.modules:
+        backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+        require_choice("KERAS_BACKEND", backend, ("tensorflow", "jax", "torch"))
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         # TensorFlow uses oneDNN by itself only on CPUs with AVX-512 VNNI; measured on one with
         # AVX2, an evaluation takes 0.75 of the time with it, and 0.8 of the memory.
@@ -25,8 +27,7 @@ def import_keras():
             with silenced_stderr():  # what TensorFlow says before it has read its log level
                 importlib.import_module("keras")
         except Exception as error:  # a backend that is unknown, not installed, or broken
-            backend = os.environ.get("KERAS_BACKEND")
-            if not backend:
+            if backend == "tensorflow":
                 raise
             raise UserError(f"Keras cannot use KERAS_BACKEND={backend}: {error}; unset it for TensorFlow") from error
     return sys.modules["keras"]

@@ -246,14 +246,3 @@ def advice_to_resume() -> Iterator[None]:
     except UserError as error:
         advice = "what was saved before is whole; make room, and the same command with --resume goes on from there"
         raise UserError(f"{error}; {advice}", error.status) from error
-
-
-def read_made(path: str) -> dict[str, Any]:
-    """What a picture's text says of how it was made. Raises UserError if it says nothing."""
-    try:
-        with Image.open(path) as picture:
-            return {"made with": picture.info["Software"], **json.loads(picture.info["deepstyle"])}
-    except OSError as error:
-        raise UserError(f"cannot read the picture '{path}': {error.strerror or error}") from error
-    except (KeyError, ValueError) as error:
-        raise UserError(f"'{path}' does not say how it was made; only deepstyle's own PNG files do") from error

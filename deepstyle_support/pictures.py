@@ -51,6 +51,10 @@ class Pictures:
             named |= {f"{kind} {n}" if len(pictures) > 1 else kind: one for n, one in enumerate(pictures, 1)}
         return {name: picture for name, picture in named.items() if picture is not None}
 
+    def masks(self) -> dict[str, np.ndarray]:
+        """The masks by the names of their losses: "content", "style", or "style 2" of several."""
+        return {name.replace(" mask", ""): mask for name, mask in self.named().items() if name.endswith("mask")}
+
     def digests(self) -> dict[str, str]:
         """The SHA-256 of each picture's shape and pixels, by a name in words."""
         digests = {}

@@ -17,6 +17,7 @@ EVALUATE = """
 import sys
 import numpy as np
 import deepstyle
+from deepstyle_support.weights import random_weights
 from test_objective import pictures
 
 for pool_type in ("ave", "max"):

@@ -306,14 +306,14 @@ def test_gradient_that_is_not_finite_names_the_part(untrained):
     content, style = smooth_picture(1, 32, 32), smooth_picture(2, 32, 32)
     objective = deepstyle.Objective(content, style, weights=untrained, total_variation_weight=1e-5)
     x = deepstyle.to_input_space(content)
-    whole = objective._parts_and_gradient
+    whole = objective._two_passes
 
-    def broken(x, differentiated):
-        values, gradient = whole(x, differentiated)
-        if differentiated is objective._differentiated:  # of all parts together, not of one alone
+    def broken(of_tile, x):
+        values, gradient = whole(of_tile, x)
+        if of_tile is objective.of_tile:  # of all parts together, not of one alone
             gradient[3, 4, 1] = np.nan
         return values, gradient
 
-    objective._parts_and_gradient = broken
+    objective._two_passes = broken
     with pytest.raises(deepstyle.UserError, match="summed loss is no longer finite"):
         objective.evaluate(x)

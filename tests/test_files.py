@@ -9,8 +9,9 @@ from PIL import Image
 
 import deepstyle
 from deepstyle import Settings
+from deepstyle_support import files
 from deepstyle_support.disk import write_whole
-from deepstyle_support.files import base_path
+from deepstyle_support.files import Outputs, base_path
 from deepstyle_support.pictures import from_input_space
 
 
@@ -27,8 +28,8 @@ def test_prefix_names_the_files(tmp_path):
     bases = {"out/a": "out/a", "out/": "out/result_image", str(tmp_path / "there"): f"{tmp_path}/there/result_image"}
     for prefix, expected in bases.items():
         base = base_path(prefix)
-        assert str(deepstyle.picture_path(base, 3)) == f"{expected}_at_iteration_3.png"
-        assert str(deepstyle.state_path(base)) == f"{expected}_state.npz"
+        assert str(Outputs(base).picture_path(3)) == f"{expected}_at_iteration_3.png"
+        assert str(Outputs(base).state_path) == f"{expected}_state.npz"
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -80,7 +81,7 @@ def test_only_files_of_the_same_prefix_are_moved(picture_files, tmp_path):
     for name in others:
         (tmp_path / name).touch()
     (tmp_path / "a_at_iteration_7.png").touch()
-    assert deepstyle.clear_the_way(tmp_path / "a", [], overwrite=False) != ""
+    assert Outputs(tmp_path / "a").clear_the_way(overwrite=False) != ""
     assert names(tmp_path / "a_earlier_1") == ["a_at_iteration_7.png"]
     assert set(others) < set(names(tmp_path))
 
@@ -88,7 +89,7 @@ def test_only_files_of_the_same_prefix_are_moved(picture_files, tmp_path):
 def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path):
     for name in (".a_at_iteration_7.png.part", ".a_state.npz.part", ".b_at_iteration_7.png.part"):
         (tmp_path / name).touch()
-    assert deepstyle.clear_the_way(tmp_path / "a", [], overwrite=False) == ""
+    assert Outputs(tmp_path / "a").clear_the_way(overwrite=False) == ""
     assert names(tmp_path) == [".b_at_iteration_7.png.part"]
 
 
@@ -157,7 +158,7 @@ def test_resume_refuses_other_inputs(picture_files, tmp_path, capfd):
 def test_min_improvement_may_differ_on_resume(untrained):
     pictures = deepstyle.Pictures(smooth_picture(1, 32, 32), (smooth_picture(2, 32, 32),))
     a, b = (
-        deepstyle.what_shapes(pictures, untrained, settings)
+        deepstyle.what_shapes(pictures, settings, untrained)
         for settings in (Settings(), Settings(min_improvement=1.0, num_iter=50))
     )
     assert a == b
@@ -180,13 +181,13 @@ def test_metadata_of_the_inputs_does_not_reach_the_outputs(picture_files, tmp_pa
 
 
 def test_a_disk_without_room_is_noticed_before_the_start(tmp_path, monkeypatch):
-    deepstyle.check_output(tmp_path / "a", [], [], (32, 32))
-    monkeypatch.setattr(deepstyle.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    Outputs(tmp_path / "a").check([], (32, 32))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(deepstyle.UserError, match="1000 bytes free"):
-        deepstyle.check_output(tmp_path / "a", [], [], (32, 32))
+        Outputs(tmp_path / "a").check([], (32, 32))
 
 
 def test_a_folder_that_may_not_be_written_is_noticed_before_the_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(deepstyle.os, "access", lambda folder, mode: False)  # root may write everywhere
+    monkeypatch.setattr(files.os, "access", lambda folder, mode: False)  # root may write everywhere
     with pytest.raises(deepstyle.UserError, match="no permission"):
-        deepstyle.check_output(tmp_path / "new" / "a", [], [], (32, 32))
+        Outputs(tmp_path / "new" / "a").check([], (32, 32))

@@ -237,4 +237,4 @@ def test_vgg19_has_its_own_layers(untrained):
     assert objective.evaluate(some_x()).parts["content conv5_4"] == pytest.approx(expected, rel=1e-4)
     with pytest.raises(deepstyle.UserError, match="--content_layer is 'conv5_4'"):
         Settings(content_layer="conv5_4")
-    assert halo(["conv5_4"], "vgg19") > halo(["conv5_3"])
+    assert halo(["conv5_4"], "vgg19") > halo(["conv5_3"], "vgg16")

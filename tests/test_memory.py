@@ -8,10 +8,12 @@ from conftest import smooth_picture
 
 import deepstyle
 from deepstyle import Settings
+from deepstyle_support import memory
 from deepstyle_support.memory import free_memory, needed_memory
 from deepstyle_support.vgg import halo
 
 GB = 10**9
+LAYERS = ("conv1_1", "conv2_1", "conv4_3", "conv5_1", "conv5_3")
 
 
 def both(untrained, rows, columns, tile, **options):
@@ -54,9 +56,14 @@ def test_tiles_are_exact_for_any_layers_in_use(untrained, options):
 
 def test_a_halo_one_position_smaller_would_be_wrong(untrained, monkeypatch):
     whole, tiled, x = both(untrained, 230, 36, 32, content_weight=10.0)
-    halo = halo
-    assert [halo([name]) for name in ("conv1_1", "conv2_1", "conv4_3", "conv5_1", "conv5_3")] == [1, 4, 48, 64, 96]
-    monkeypatch.setattr(deepstyle, "halo", lambda layers, model: halo(layers) - 16)
+    assert [halo([name], "vgg16") for name in ("conv1_1", "conv2_1", "conv4_3", "conv5_1", "conv5_3")] == [
+        1,
+        4,
+        48,
+        64,
+        96,
+    ]
+    monkeypatch.setattr(deepstyle, "halo", lambda layers, model: halo(layers, model) - 16)
     with pytest.raises(AssertionError):
         assert_same(whole, tiled, x)
 
@@ -76,28 +83,36 @@ def test_tiles_cover_a_side_once_and_have_few_shapes(length, tile):
 
 def test_all_tiles_run_through_few_compiled_shapes(untrained, monkeypatch):
     traced = []
-    parts = deepstyle.Objective._parts
-    monkeypatch.setattr(
-        deepstyle.Objective, "_parts", lambda self, x, *given: traced.append(x.shape) or parts(self, x, *given)
-    )
+    parts = deepstyle.weighted_parts
+
+    def spy(losses, pixels, pool_type, x, *given):
+        traced.append(x.shape)
+        return parts(losses, pixels, pool_type, x, *given)
+
+    monkeypatch.setattr(deepstyle, "weighted_parts", spy)
+    deepstyle.compiled.cache_clear()
     _, tiled, x = both(untrained, 32, 467, 96)
     tiled(x)
     tiled(x)
     assert len(list(tiled._tiles(tiled.size, ["conv5_2"]))) == 5
     assert len(traced) == 3
+    # Nor does another objective of such losses compile anything anew.
+    _, another, x = both(untrained, 32, 467, 96)
+    another(x)
+    assert len(traced) == 3
+    deepstyle.compiled.cache_clear()  # of what was spied upon
 
 
 def test_an_objective_that_is_done_with_leaves_no_weights_behind(untrained):
     earlier, _, x = both(untrained, 32, 40, 16)
     earlier(x)
-    weights = [weakref.ref(tensor) for layer in earlier.weights.values() for tensor in layer]
+    weights = [weakref.ref(tensor) for layer in earlier.of_tile.weights.values() for tensor in layer]
     del earlier
-    both(untrained, 32, 40, 16)
     assert all(tensor() is None for tensor in weights)
 
 
 def have(monkeypatch, gigabytes, gpu=0):
-    monkeypatch.setattr(deepstyle, "free_memory", lambda cap: (gigabytes * GB, gpu * GB))
+    monkeypatch.setattr(memory, "free_memory", lambda cap: (gigabytes * GB, gpu * GB))
 
 
 def test_free_memory_is_the_least_of_what_machine_cgroup_and_user_allow(monkeypatch):
@@ -108,13 +123,13 @@ def test_free_memory_is_the_least_of_what_machine_cgroup_and_user_allow(monkeypa
             return files[str(path)]
         raise FileNotFoundError
 
-    monkeypatch.setattr(deepstyle.Path, "read_text", read_text)
+    monkeypatch.setattr(memory.Path, "read_text", read_text)
     assert free_memory(0.0) == (4_096_000_000, 0)
     files["/sys/fs/cgroup/memory.max"] = "3000000000\n"
     assert free_memory(0.0) == (3_000_000_000, 0)
     assert free_memory(2.5) == (2_500_000_000, 0)
     said = type("Said", (), {"stdout": "8000\n16000\n"})
-    monkeypatch.setattr(deepstyle.subprocess, "run", lambda command, **options: said)
+    monkeypatch.setattr(memory.subprocess, "run", lambda command, **options: said)
     assert free_memory(0.0) == (3_000_000_000, 8000 * 2**20)
 
 
@@ -138,7 +153,7 @@ def test_corrections_are_given_up_before_tiles_get_small(monkeypatch):
     have(monkeypatch, sum(needed_memory(size, 256, 5)) / GB + 0.01)
     plan = deepstyle.plan_memory(size, settings)
     assert plan[:2] == (256, 5)
-    assert "keeps 5 corrections instead of 8" in deepstyle.describe_plan(plan, settings)
+    assert "keeps 5 corrections instead of 8" in plan.in_words(settings.history)
 
 
 def test_tile_can_be_said(monkeypatch):

@@ -101,12 +101,13 @@ def test_targets_are_computed_once_and_no_layer_below_the_need_is_built(untraine
         return iter(found.items())
 
     monkeypatch.setattr(deepstyle, "features", spy)
+    deepstyle.compiled.cache_clear()  # what an objective like this one has compiled
     objective = deepstyle.Objective(content, style, weights=untrained)
     for _ in range(3):
         objective(x)
     # One each for the targets, and one tracing of the loss that three evaluations share.
     assert asked == [{"conv5_2"}, set(deepstyle.STYLE_LAYERS), {"conv5_2", *deepstyle.STYLE_LAYERS}]
-    shallow = {name: objective.weights[name] for name in ("conv1_1", "conv1_2", "conv2_1")}
+    shallow = {name: objective.of_tile.weights[name] for name in ("conv1_1", "conv1_2", "conv2_1")}
     shallow["conv2_2"] = (None, None, None)  # not to be computed
     assert set(dict(features(deepstyle.to_input_space(content), shallow, ["conv2_1"], "ave"))) == {"conv2_1"}
 

@@ -1,7 +1,9 @@
 """What a run leaves besides its pictures: their text, animations, logs. How colours are kept, what it begins with."""
 
 import csv
+import dataclasses
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -15,7 +17,9 @@ from PIL import Image
 
 import deepstyle
 from deepstyle import Pictures, Settings
+from deepstyle_support import files
 from deepstyle_support.pictures import from_input_space, match_colours, resize
+from deepstyle_support.provenance import command_again
 
 
 def run(picture_files, prefix, *flags):
@@ -51,10 +55,10 @@ def test_every_saves_each_nth_picture_and_the_last(picture_files, tmp_path):
 
 def test_every_leaves_a_state_to_go_on_from_after_each_iteration(picture_files, tmp_path, monkeypatch):
     saved = []
-    write_state = deepstyle.write_state
-    monkeypatch.setattr(deepstyle, "write_state", lambda base, state: saved.append(state) or write_state(base, state))
+    savez = np.savez
+    monkeypatch.setattr(np, "savez", lambda file, **state: saved.append(state["iteration"]) or savez(file, **state))
     assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--every", 10) == 0
-    assert [state.iteration for state in saved] == [1, 2, 3]
+    assert saved == [1, 2, 3]
 
 
 def test_a_picture_says_how_it_was_made_and_the_command_makes_it_again(picture_files, tmp_path, capsys):
@@ -80,7 +84,8 @@ def test_a_picture_says_how_it_was_made_and_the_command_makes_it_again(picture_f
 def test_the_command_has_the_plan_that_was_made_and_not_the_memory_it_was_made_for(picture_files):
     arguments = deepstyle.command_line().parse_args([*picture_files, "out", "--max_memory", "3", "--allow_large"])
     plan = deepstyle.Plan(tile=512, history=7, needed=0, free=0)
-    command = deepstyle.command_again(arguments, Settings(max_memory=3), plan)
+    made = deepstyle.how_it_is_made(arguments, Settings(max_memory=3), plan)
+    command = command_again(json.loads(json.dumps(made)), dataclasses.asdict(Settings()))
     assert command.endswith(" out --history 7 --tile 512 --allow_large")
 
 
@@ -187,7 +192,7 @@ def test_tensorboard_gets_the_losses_and_the_pictures(picture_files, tmp_path):
 def test_a_package_that_is_missing_is_named_before_the_start(
     picture_files, tmp_path, capsys, monkeypatch, flags, package
 ):
-    monkeypatch.setattr(deepstyle.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     assert run(picture_files, tmp_path / "a", *flags) == 2
     assert f"needs the package {package}" in capsys.readouterr().err
     assert not list(tmp_path.glob("a*"))

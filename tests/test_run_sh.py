@@ -32,6 +32,7 @@ def clone(tmp_path):
     (clone / "images").mkdir(parents=True)
     for name in ("run.sh", "requirements.txt", "deepstyle.py"):
         shutil.copy(ROOT / name, clone)
+    shutil.copytree(ROOT / "deepstyle_support", clone / "deepstyle_support")
     (clone / "images" / "shipped.jpg").touch()
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin" / "python3"

