@@ -53,7 +53,7 @@ class Pictures:
 
     def masks(self) -> dict[str, np.ndarray]:
         """The masks by the names of their losses: "content", "style", or "style 2" of several."""
-        return {name.replace(" mask", ""): mask for name, mask in self.named().items() if name.endswith("mask")}
+        return {name.replace(" mask", ""): mask for name, mask in self.named().items() if "mask" in name}
 
     def digests(self) -> dict[str, str]:
         """The SHA-256 of each picture's shape and pixels, by a name in words."""
