@@ -25,7 +25,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 try:
     import numpy as np
@@ -64,6 +64,7 @@ __version__ = "0.2.0"
 STYLE_LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv4_1", "conv5_1")
 ON_OFF = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 EVALUATIONS_PER_ITERATION = 20
+Tensor = Any  # one of the backend's, or an array where it takes one
 
 
 # ------------------------------------------------------------------ settings and command line
@@ -127,7 +128,7 @@ class Settings:
         0.0, "the optimisation", "GB", "use no more than this; 0: all that is free", shapes=False
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)  # a frozen dataclass has no other way
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -171,7 +172,7 @@ def weights_of_styles(settings: Settings, styles: int) -> list[float]:
     return [settings.style_scale * weight * len(weights) / styles for weight in weights * (styles // len(weights))]
 
 
-def value_of(kind: type | dict, text: str):
+def value_of(kind: type | dict, text: str) -> Any:
     """What a flag's text stands for: a number, or one of a dict's words. Raises ArgumentTypeError for argparse."""
     try:
         return kind[text.lower()] if isinstance(kind, dict) else kind(text)
@@ -183,7 +184,7 @@ def value_of(kind: type | dict, text: str):
 class Parser(argparse.ArgumentParser):
     """argparse, with errors raised for `main` to show in one line."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
@@ -211,7 +212,9 @@ def command_line() -> Parser:
     for title, members in itertools.groupby(dataclasses.fields(Settings), lambda field: field.metadata["group"]):
         group = parser.add_argument_group(title)
         for field in members:
-            default, kind, options = field.default, type(field.default), {}
+            default: Any = field.default
+            kind: Any = type(default)
+            options: dict[str, Any] = {}
             if kind is bool:
                 colours = {"luma": "luma", "match": "match"} if field.name == "preserve_color" else {}
                 kind, options = ON_OFF | colours, {"nargs": "?", "const": True}
@@ -260,7 +263,7 @@ def on_device(weights: Weights) -> dict[str, tuple]:
     return tensors
 
 
-def convolve(x, kernel, flipped):
+def convolve(x: Tensor, kernel: Tensor, flipped: Tensor) -> Tensor:
     """The convolution of x with stride 1 and zero padding. x: (1, H, W, in), kernel: (3, 3, in, out).
 
     A convolution is a transposed convolution with the kernel flipped in space and its channels swapped, and its
@@ -272,8 +275,8 @@ def convolve(x, kernel, flipped):
     transposed = functools.partial(ops.conv_transpose, strides=1, padding="same", data_format="channels_last")
 
     @ops.custom_gradient
-    def convolution(x):
-        def gradient(*args, upstream=None):
+    def convolution(x: Tensor) -> tuple[Tensor, Callable]:
+        def gradient(*args: Tensor, upstream: Tensor = None) -> Tensor:
             return transposed(args[0] if upstream is None else upstream, kernel)
 
         return transposed(x, flipped), gradient
@@ -281,7 +284,9 @@ def convolve(x, kernel, flipped):
     return convolution(x)
 
 
-def features(x, weights: dict[str, tuple], layers, pool_type: str) -> Iterator[tuple]:
+def features(
+    x: Tensor, weights: dict[str, tuple], layers: Collection[str], pool_type: str
+) -> Iterator[tuple[str, Tensor]]:
     """The network's features of x at `layers`, one layer after another and no deeper than the deepest of them.
 
     x: (H, W, 3) tensor in input space, weights: from `on_device` -> (layer, (h, w, C)), after the ReLU. Each pooling
@@ -303,7 +308,7 @@ def features(x, weights: dict[str, tuple], layers, pool_type: str) -> Iterator[t
 # ------------------------------------------------------------------------------------ losses
 
 
-def gram_matrix(f, mask=None):
+def gram_matrix(f: Tensor, mask: Tensor = None) -> Tensor:
     """G = F^T F over the positions (eq. 3 of the paper), each times the mask's value there if there is one.
 
     f: (h, w, C), mask: (h, w, 1) -> (C, C).
@@ -316,13 +321,13 @@ def gram_matrix(f, mask=None):
     return 2 * product - ops.stop_gradient(product)
 
 
-def content_loss(f, target, mask=None):
+def content_loss(f: Tensor, target: Tensor, mask: Tensor = None) -> Tensor:
     """Sum of squared differences (eq. 1 without its 1/2), times the mask. f, target: (h, w, C) -> scalar."""
     ops = import_keras().ops
     return ops.sum(ops.square(f - target) * (1.0 if mask is None else mask))
 
 
-def style_loss(gram, target, size: int):
+def style_loss(gram: Tensor, target: Tensor, size: int) -> Tensor:
     """sum (G_style - G)^2 / (4 * 3^2 * size^2) of one layer (eq. 4); gram, target: (C, C).
 
     A departure from the paper, kept because people's weights are tuned to it: 3 and `size` are
@@ -333,7 +338,7 @@ def style_loss(gram, target, size: int):
     return ops.sum(ops.square((target - gram) / (2 * 3 * size)))
 
 
-def total_variation(x, mask=None):
+def total_variation(x: Tensor, mask: Tensor = None) -> Tensor:
     """sum ((x[i,j] - x[i+1,j])^2 + (x[i,j] - x[i,j+1])^2)^1.25 over the (H-1) x (W-1) corner.
 
     x: (H, W, 3), mask: (H, W, 1) -> scalar. The smoothness prior of Mahendran & Vedaldi 2014, arXiv 1412.0035.
@@ -371,11 +376,16 @@ class Tile(NamedTuple):
 
     def at(self, stride: int) -> tuple[tuple[slice, slice], tuple[slice, slice], tuple[slice, slice]]:
         """Own positions, own positions counted from the window's first, and the window, at a layer of this stride."""
-        own, window = (
-            [slice(part.start // stride, part.stop // stride) for part in parts] for parts in (self.own, self.window)
+
+        def positions(part: slice) -> slice:
+            return slice(part.start // stride, part.stop // stride)
+
+        (rows, columns), (top, left) = map(positions, self.own), map(positions, self.window)
+        within = (
+            slice(rows.start - top.start, rows.stop - top.start),
+            slice(columns.start - left.start, columns.stop - left.start),
         )
-        within = (slice(o.start - w.start, o.stop - w.start) for o, w in zip(own, window, strict=True))
-        return tuple(own), tuple(within), tuple(window)
+        return (rows, columns), within, (top, left)
 
     def mask(self, stride: int) -> np.ndarray:
         """(h, w, 1) float32 over the window: 1 where a position is the tile's own, 0 elsewhere."""
@@ -710,7 +720,8 @@ def masks_at_places(losses: list[Loss], masks: dict[str, np.ndarray], size: tupl
 # --------------------------------------------------------------------------------- optimiser
 
 
-class Accepted(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Accepted:
     """A point that the optimiser accepted, with its evaluation less the gradient, and their number so far."""
 
     x: np.ndarray  # (H, W, 3) float64 in input space
@@ -733,7 +744,7 @@ def minimise(
     on_evaluation: Callable[[int, float], None] = lambda count, loss: None,
     stop: Callable[[], bool] = lambda: False,
     history: int = 10,
-) -> Iterator[Accepted]:
+) -> Generator[Accepted, None, None]:
     """The start, then the accepted point after every 20 evaluations, until the caller has had enough.
 
     start: (H, W, 3) float in input space. `on_evaluation` is told the number of evaluations so far and the
@@ -782,7 +793,7 @@ def scipy_lbfgs(evaluate: Evaluate, start: np.ndarray, history: int) -> Points:
     from scipy import optimize
 
     def run(hand_over: Callable, closed: threading.Event) -> None:
-        evaluation = None  # the latest
+        evaluation: Any = None  # the latest
 
         def loss_at(flat: np.ndarray) -> float:
             nonlocal evaluation
@@ -834,8 +845,8 @@ def stylize(
     style_masks: tuple[np.ndarray, ...] = (),
     content_mask: np.ndarray | None = None,
     color_mask: np.ndarray | None = None,
-    **options,
-) -> Iterator[Iteration]:
+    **options: Any,
+) -> Generator[Iteration, None, None]:
     """Paint `content` in the style of `style`, or of several: one Iteration after another.
 
     content, style: (H, W, 3) uint8 RGB of any sizes; the masks too, or (H, W), white where something holds. The options
@@ -926,7 +937,7 @@ def finish(x: np.ndarray, content: np.ndarray, settings: Settings, color_mask: n
         # The content's chroma comes from its full size, so a rescaled picture has it sharp.
         coloured = with_colours_of(resize(content, picture.shape[:2]), picture)
         share = 1 if color_mask is None else mask_on_grid(color_mask, picture.shape[:2])
-        picture = np.uint8(np.rint(share * coloured + (1 - share) * picture))
+        picture = np.rint(share * coloured + (1 - share) * picture).astype(np.uint8)
     return picture
 
 
@@ -938,7 +949,7 @@ def paint(
     state: State | None = None,
     on_evaluation: Callable[[tuple[int, int], int, float], None] = lambda size, count, loss: None,
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Iteration]:
+) -> Generator[Iteration, None, None]:
     """`stylize` for settings, weights and maybe a plan that are at hand, going on from `state` if there is one.
 
     `on_evaluation` is told the size that is painted, and what `minimise` tells; `stop` is as there.
@@ -959,7 +970,7 @@ def paint(
             with points(coarse, x) as found:
                 for accepted in itertools.islice(found, coarse_iterations(settings) + 1):
                     x = accepted.x
-            x = enlarge(np.float32(x), finer)
+            x = enlarge(x.astype(np.float32), finer)
     clock = time.perf_counter()
     with points(sizes[-1], x) as found:
         if not state:
@@ -971,9 +982,12 @@ def paint(
             number, (before, loss) = len(losses) - 1, (losses[-2][0], losses[-1][0])
             improvement = 100 * (before - loss) / before if before else 0.0
             yield Iteration(
-                number,
-                finish(accepted.x, pictures.content, settings, pictures.color_mask),
-                *losses[-1],
+                number=number,
+                picture=finish(accepted.x, pictures.content, settings, pictures.color_mask),
+                loss=loss,
+                content_loss=losses[-1][1],
+                style_loss=losses[-1][2],
+                total_variation_loss=losses[-1][3],
                 improvement=improvement,
                 seconds=time.perf_counter() - clock,
                 evaluations=accepted.count,
@@ -1010,7 +1024,7 @@ def objective_at(
     styles = [resize(style, shape) for style, shape in zip(pictures.styles, shapes, strict=True)]
     if settings.preserve_color == "match":
         styles = [match_colours(style, content) for style in styles]
-    masks = {"style_masks": pictures.style_masks, "content_mask": pictures.content_mask}
+    masks: dict[str, Any] = {"style_masks": pictures.style_masks, "content_mask": pictures.content_mask}
     return Objective(content, styles, **masks, **vars(settings) | {"weights": weights, "tile": str(tile or "off")})
 
 
@@ -1092,7 +1106,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def save_all(
-    iterations: Iterator[Iteration], outputs: Outputs, settings: Settings, show: Callable[[str], None]
+    iterations: Generator[Iteration, None, None], outputs: Outputs, settings: Settings, show: Callable[[str], None]
 ) -> Iteration | None:
     """Save and show all iterations; returns the last."""
     last = None
@@ -1107,7 +1121,9 @@ def save_all(
 
 def outputs_of(arguments: argparse.Namespace) -> Outputs:
     """What the command is to write. Raises UserError if PREFIX cannot be the beginning of a file's name."""
-    extras = {name: Path(path) for name in ("animation", "log", "tensorboard") if (path := getattr(arguments, name))}
+    extras: dict[str, Any] = {
+        name: Path(path) for name in ("animation", "log", "tensorboard") if (path := getattr(arguments, name))
+    }
     return Outputs(base_path(arguments.prefix), arguments.every, **extras)
 
 
@@ -1166,17 +1182,17 @@ def main(argv: list[str] | None = None) -> int:
         names = [field.name for field in dataclasses.fields(Settings)]
         return run(arguments, Settings(**{name: getattr(arguments, name) for name in names}))
     except SystemExit as ending:  # --help and --version
-        return ending.code
+        return int(ending.code or 0)
     except KeyboardInterrupt:
         tell("interrupted before the painting began")
         return 130
     except Exception as error:
         if debug:
             traceback.print_exc()
-        unforeseen = not isinstance(error, UserError)
-        message = f"{type(error).__name__}: {error}; --debug shows where" if unforeseen else str(error)
+        foreseen = isinstance(error, UserError)
+        message = str(error) if foreseen else f"{type(error).__name__}: {error}; --debug shows where"
         tell("error: " + " ".join(message.split()))
-        return 1 if unforeseen else error.status
+        return error.status if isinstance(error, UserError) else 1
 
 
 if __name__ == "__main__":

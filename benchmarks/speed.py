@@ -123,20 +123,20 @@ def main() -> None:
     product = in_its_own_process("product")["gflops"]
     print(f"this machine's float32 matrix product: {product:.0f} GFLOP/s\n")
     print("     size       tile   s/evaluation  GFLOP/s  share  outside  peak GB (estimated)")
-    rows = []
+    table = []
     for count in arguments.rows:
         for tile in (0, arguments.tile):
             if tile < count:
                 row = in_its_own_process(count, tile, arguments.evaluations)
                 row["share"] = row["gflops"] / product
-                rows.append(row)
+                table.append(row)
                 print(
                     f"{row['rows']:5} x {row['columns']:<5} {row['tile'] or 'whole':>5} {row['seconds']:12.2f} "
                     f"{row['gflops']:9.0f} {row['share']:6.0%} {row['outside']:7.1%} {row['peak_bytes'] / 1e9:8.2f} "
                     f"({row['estimated_bytes'] / 1e9:.2f})",
                     flush=True,
                 )
-    Path(arguments.json).write_text(json.dumps({"matrix_product_gflops": product, "rows": rows}, indent=1))
+    Path(arguments.json).write_text(json.dumps({"matrix_product_gflops": product, "rows": table}, indent=1))
     return None
 
 

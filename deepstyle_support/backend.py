@@ -11,7 +11,7 @@ import numpy as np
 from .messages import UserError, require_choice
 
 
-def import_keras():
+def import_keras() -> ModuleType:
     """Keras on its backend, loaded only when there is something to compute: it takes seconds."""
     if "keras" not in sys.modules:
         backend = os.environ.get("KERAS_BACKEND", "tensorflow")
@@ -61,13 +61,13 @@ def parts_and_gradient(parts: Callable) -> Callable:
     """
     keras = import_keras()
 
-    def summed(x, *given):
+    def summed(x: Any, *given: Any) -> tuple[Any, dict[str, Any]]:
         values = parts(x, *given)
         return sum(values.values(), keras.ops.zeros(())), values
 
     compiled = {"tensorflow": with_tensorflow, "jax": with_jax, "torch": with_torch}[keras.backend.backend()](summed)
 
-    def evaluate(*given) -> tuple[dict[str, float], np.ndarray]:
+    def evaluate(*given: Any) -> tuple[dict[str, float], np.ndarray]:
         values, gradient = compiled(*keras.tree.map_structure(keras.ops.convert_to_tensor, given))
         return {name: float(value) for name, value in values.items()}, keras.ops.convert_to_numpy(gradient)
 
@@ -84,7 +84,7 @@ def with_tensorflow(summed: Callable) -> Callable:
     tf.get_logger().setLevel("ERROR")  # it warns of several shapes, one for each kind of tile
 
     @tf.function(autograph=False)
-    def compiled(x, *given):
+    def compiled(x: Any, *given: Any) -> tuple[dict[str, Any], Any]:
         with tf.GradientTape() as tape:
             tape.watch(x)
             loss, values = summed(x, *given)
@@ -98,7 +98,7 @@ def with_jax(summed: Callable) -> Callable:
 
     differentiated = jax.jit(jax.value_and_grad(summed, has_aux=True))
 
-    def compiled(*given):
+    def compiled(*given: Any) -> tuple[dict[str, Any], Any]:
         (_, values), gradient = differentiated(*given)
         return values, gradient
 
@@ -108,7 +108,7 @@ def with_jax(summed: Callable) -> Callable:
 def with_torch(summed: Callable) -> Callable:
     import torch
 
-    def compiled(x, *given):
+    def compiled(x: Any, *given: Any) -> tuple[dict[str, Any], Any]:
         x = x.detach().requires_grad_()
         loss, values = summed(x, *given)
         # Where every weight is 0 there is nothing to differentiate.

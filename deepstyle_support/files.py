@@ -81,11 +81,11 @@ class Outputs:
         if self.every < 1:
             raise UserError(f"--every is {self.every}; it must be 1 or more")
         self._check_extras()
-        for path in inputs:
-            if self.owns(Path(path).resolve()):
-                raise UserError(f"'{path}' is an input, and a run with this PREFIX would write there; choose another")
-            if Path(path).resolve() in [extra.resolve() for extra in self.extras]:
-                raise UserError(f"'{path}' is an input, and would be written over; choose another name")
+        for given in inputs:
+            if self.owns(Path(given).resolve()):
+                raise UserError(f"'{given}' is an input, and a run with this PREFIX would write there; choose another")
+            if Path(given).resolve() in [extra.resolve() for extra in self.extras]:
+                raise UserError(f"'{given}' is an input, and would be written over; choose another name")
         for path in (*self.extras, self.base):
             folder = path.parent.resolve()
             while not os.path.lexists(folder):
@@ -194,7 +194,11 @@ class Outputs:
         with advice_to_resume():
             path = self._write_picture(iteration) if wanted else None
             state = iteration.state
-            contents = {"x": np.float32(state.x), "losses": state.losses, "shaped_by": json.dumps(state.shaped_by)}
+            contents: dict[str, Any] = {
+                "x": np.float32(state.x),
+                "losses": state.losses,
+                "shaped_by": json.dumps(state.shaped_by),
+            }
             write_whole(self.state_path, lambda file: np.savez(file, iteration=state.iteration, **contents))
         return path
 
@@ -211,7 +215,7 @@ class Outputs:
 
     def _write_picture(self, iteration: Iteration) -> Path:
         """Save it as PNG, with what made it as its text. No metadata of the inputs goes in."""
-        made = {"iteration": iteration.number, "loss": iteration.loss}
+        made: dict[str, Any] = {"iteration": iteration.number, "loss": iteration.loss}
         made |= {name: value for name, value in iteration.state.shaped_by.items() if name.endswith("SHA-256")}
         text = PngImagePlugin.PngInfo()
         text.add_itxt("Software", f"deepstyle {self.made.get('version', '')}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def write_animation(path: Path, frames: list[np.ndarray]) -> None:
     if path.suffix == ".mp4":  # which has whole pairs of pixels only, and one duration for all frames
         rows, columns = (length // 2 * 2 for length in frames[0].shape[:2])
         frames = [frame[:rows, :columns] for frame in [*frames, *frames[-1:] * 6]]
-        options = {"plugin": "FFMPEG", "fps": 4, "macro_block_size": 2}
+        options: dict[str, Any] = {"plugin": "FFMPEG", "fps": 4, "macro_block_size": 2}
     else:
         options = {"plugin": "pillow", "duration": [250] * (len(frames) - 1) + [2000], "loop": 0}
     data = imageio.v3.imwrite("<bytes>", np.stack(frames), extension=path.suffix, **options)

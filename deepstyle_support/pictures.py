@@ -32,7 +32,7 @@ class Pictures:
     color_mask: np.ndarray | None = None
     start: np.ndarray | None = None  # if neither the content nor noise
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, picture in self.named().items():
             if picture.shape[2:] != (3,) and not ("mask" in name and picture.ndim == 2):
                 raise UserError(f"the {name} picture's shape is {picture.shape}; it must be (H, W, 3)")
@@ -60,7 +60,7 @@ class Pictures:
         digests = {}
         for name, picture in self.named().items():
             digest = hashlib.sha256(repr(picture.shape).encode())
-            digest.update(np.ascontiguousarray(picture))
+            digest.update(np.ascontiguousarray(picture).data)
             digests[f"the {name} picture's SHA-256"] = digest.hexdigest()
         return digests
 
@@ -124,7 +124,7 @@ def mask_on_grid(mask: np.ndarray, size: tuple[int, int], stride: int = 1) -> np
 
 def enlarge(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """x: (H, W, 3) float32, resized to (rows, columns, 3) float32 without rounding."""
-    channels = [Image.fromarray(x[..., c]).resize(size[::-1], Image.Resampling.BICUBIC) for c in range(3)]
+    channels = [np.asarray(Image.fromarray(x[..., c]).resize(size[::-1], Image.Resampling.BICUBIC)) for c in range(3)]
     return np.stack(channels, axis=-1)
 
 
@@ -135,7 +135,7 @@ def to_input_space(picture: np.ndarray) -> np.ndarray:
 
 def from_input_space(x: np.ndarray) -> np.ndarray:
     """x: (H, W, 3) float, BGR, mean subtracted -> (H, W, 3) uint8 RGB, rounded and clipped."""
-    return np.ascontiguousarray(np.uint8(np.clip(np.rint(x + MEAN_BGR), 0, 255))[..., ::-1])
+    return np.ascontiguousarray(np.clip(np.rint(x + MEAN_BGR), 0, 255).astype(np.uint8)[..., ::-1])
 
 
 def with_colours_of(content: np.ndarray, picture: np.ndarray) -> np.ndarray:
@@ -160,4 +160,4 @@ def match_colours(style: np.ndarray, content: np.ndarray) -> np.ndarray:
         return pixels.mean(0), axes * root @ axes.T, axes * inverse @ axes.T
 
     (mean, _, inverse), (wanted, root, _) = mean_and_roots(style), mean_and_roots(content)
-    return np.uint8(np.clip(np.rint((style - mean) @ (root @ inverse).T + wanted), 0, 255))
+    return np.clip(np.rint((style - mean) @ (root @ inverse).T + wanted), 0, 255).astype(np.uint8)

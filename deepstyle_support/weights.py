@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -152,7 +153,7 @@ def trunk_digest(weights: Weights) -> str:
     digest = hashlib.sha256()
     for layer in weights.values():
         for tensor in layer:
-            digest.update(np.ascontiguousarray(tensor, "<f4"))
+            digest.update(np.ascontiguousarray(tensor, "<f4").data)
     return digest.hexdigest()
 
 
@@ -162,7 +163,7 @@ def read_h5(path: Path, model: str) -> Weights:
 
     found = {}
 
-    def visit(name: str, item) -> None:
+    def visit(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
             found[name.split("/")[0], item.ndim] = item[()]
 

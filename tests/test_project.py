@@ -56,6 +56,11 @@ def test_every_shipped_picture_has_its_source():
         assert re.search(rf"\| ([^|]+, )?{path.name}(, [^|]+)? \|", table)
 
 
+def test_types():
+    ended = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout
+
+
 @pytest.mark.parametrize("check", [["check"], ["format", "--check"]])
 def test_style(check):
     ended = subprocess.run([sys.executable, "-m", "ruff", *check, "."], cwd=ROOT, capture_output=True, text=True)
