@@ -5,6 +5,8 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
