@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ def write_whole(path: Path, write: Callable) -> None:
 
     Raises UserError, status 1, if the disk does not take it.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    # A name of its own: another process may be writing the same file, such as the weights in a shared cache.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(temporary, "wb") as file:
             write(file)

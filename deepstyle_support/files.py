@@ -153,7 +153,8 @@ class Outputs:
         """
         there = list(self.base.parent.iterdir())
         for path in there:  # what a killed run was writing
-            if path.suffix == ".part" and self.owns(path.with_name(path.stem[1:])):
+            unfinished = re.fullmatch(r"\.(.+?)(\.[0-9a-f]{8})?\.part", path.name)
+            if unfinished and self.owns(path.with_name(unfinished[1])):
                 path.unlink()
         # The state goes first: if we are killed on the way, nothing is left that could be gone on with.
         earlier = sorted((path for path in there if self.owns(path)), key=lambda path: path.suffix != ".npz")
@@ -186,8 +187,6 @@ class Outputs:
 
         Raises UserError, status 1, if the disk does not take it.
         """
-        for log in self._logs:
-            log(iteration)
         self._frames += [iteration.picture] if self.animation else []
         wanted = last or iteration.number % self.every == 0
         self._unsaved = None if wanted else iteration
@@ -200,6 +199,8 @@ class Outputs:
                 "shaped_by": json.dumps(state.shaped_by),
             }
             write_whole(self.state_path, lambda file: np.savez(file, iteration=state.iteration, **contents))
+        for log in self._logs:
+            log(iteration)
         return path
 
     def finish(self) -> list[Path]:
