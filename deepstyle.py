@@ -654,7 +654,8 @@ class Objective:
     def _tiles(self, size: tuple[int, int], layers: Collection[str]) -> list[Tile]:
         """The tiles of a picture for what needs `layers`; as a whole, it is one tile."""
         # A style picture that is larger than the generated one is not computed in larger pieces than that.
-        return tiles_of(size, self.tile or max(self.size) + 15, halo(layers, self.model) if layers else 0)
+        # Without layers there is only the total variation, which looks one pixel further.
+        return tiles_of(size, self.tile or max(self.size) + 15, halo(layers, self.model) if layers else 1)
 
     def _grams(self, of_tile: TileLosses, x: np.ndarray, places: list[Place]) -> dict[Place, np.ndarray]:
         """{place: (C, C)} of all of x: the sum of the tiles'."""
@@ -892,7 +893,8 @@ def picture_sizes(content_shape: tuple[int, ...], settings: Settings) -> list[tu
     Raises UserError if any side is under 32.
     """
     sizes = []
-    for scale in reversed(range(settings.scales)):
+    scales = min(settings.scales, settings.image_size.bit_length() + 1)  # of more, the coarsest has no rows either
+    for scale in reversed(range(scales)):
         rows = columns = settings.image_size >> scale
         if settings.maintain_aspect_ratio:
             columns = rows * content_shape[1] // content_shape[0]
@@ -1003,7 +1005,10 @@ def paint(
 
 def what_shapes(pictures: Pictures, settings: Settings, weights: Weights) -> dict[str, str]:
     """All that decides a run's pictures, in words; runs of which it differs are not to be mixed."""
-    return settings.decisive() | pictures.digests() | {"the weights' SHA-256": trunk_digest(weights)}
+    shapes = settings.decisive() | pictures.digests() | {"the weights' SHA-256": trunk_digest(weights)}
+    if pictures.start is not None:
+        del shapes["--init_image"]  # it is known by its digest, whatever path it has
+    return shapes
 
 
 def coarse_iterations(settings: Settings) -> int:
@@ -1073,7 +1078,11 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
 
     console = Console(quiet=arguments.quiet, soft_wrap=True, markup=False, highlight=False)
     with outputs.owned():
-        state = outputs.read_state(what_shapes(pictures, settings, weights)) if arguments.resume else None
+        state = (
+            outputs.read_state(what_shapes(pictures, settings, weights), Settings().decisive())
+            if arguments.resume
+            else None
+        )
         done = state.iteration if state else 0
         if done >= settings.num_iter:
             if not arguments.quiet:

@@ -130,8 +130,11 @@ class Outputs:
                     raise UserError(f"cannot write in the folder '{path.parent}': {error.strerror}") from error
             yield
 
-    def read_state(self, shaped_by: dict[str, str]) -> State | None:
-        """The state to go on from; None if there is none. Raises UserError if it is not of such a run."""
+    def read_state(self, shaped_by: dict[str, str], defaults: dict[str, str]) -> State | None:
+        """The state to go on from; None if there is none. Raises UserError if it is not of such a run.
+
+        shaped_by: all that decides the pictures, defaults: what of it is so if nothing is said.
+        """
         path = self.state_path
         if not path.exists():
             return None
@@ -140,8 +143,11 @@ class Outputs:
                 state = State(file["x"], file["losses"], json.loads(str(file["shaped_by"])))
         except Exception as error:  # np.load and zipfile raise almost anything on a damaged file
             raise UserError(f"'{path}' is no state of a run: {error}; without --resume the run starts anew") from error
+        # A flag that the state does not know is newer than the state, which was made as its default makes it. A start
+        # picture is known by its digest, and not by its path, which 0.2.0 wrote as well.
+        absent = defaults | {"--init_image": state.shaped_by.get("--init_image", defaults["--init_image"])}
         for name in {**shaped_by, **state.shaped_by}:
-            before, now = (shapes.get(name, "not given") for shapes in (state.shaped_by, shaped_by))
+            before, now = (shapes.get(name, absent.get(name, "not given")) for shapes in (state.shaped_by, shaped_by))
             if before != now:
                 raise UserError(f"cannot resume '{path}': {name} was {before} and now is {now}")
         return state

@@ -50,7 +50,7 @@ def load_weights(named: str | None = None, seed: int = 0, model: str = "vgg16") 
         return random_weights(seed, model), "RANDOM weights, untrained: the picture will be no style transfer"
     if named:
         return read_weights(Path(named), model), f"weights from {named}"
-    cache = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "models"
+    cache = Path(os.environ.get("KERAS_HOME") or os.path.expanduser("~/.keras")) / "models"
     own, indexed = KERAS_FILE.format(model), model == "vgg16"
     failures = []
     for path in (cache / own, cache / INDEX_FILE)[: 1 + indexed]:
@@ -58,7 +58,9 @@ def load_weights(named: str | None = None, seed: int = 0, model: str = "vgg16") 
             return read_weights(path, model), f"weights from {path}"
         except UserError as error:
             failures.append(str(error))
-            with contextlib.suppress(OSError):  # there is none, or it cannot be moved: the next source counts
+            if isinstance(error.__cause__, OSError):  # there is none, or it cannot be read for the moment
+                continue
+            with contextlib.suppress(OSError):  # it cannot be moved: the next source counts
                 path.replace(f"{path}.damaged")
                 tell(f"{error}; it is set aside as {path.name}.damaged")
     sources = ((fetch_from_keras, "Keras's download"), (fetch_from_index, "the package index"))
