@@ -25,7 +25,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO, cast
 
 try:
     import numpy as np
@@ -35,7 +35,7 @@ try:
     from deepstyle_support.callbacks import Closed, as_generator
     from deepstyle_support.files import Outputs, base_path
     from deepstyle_support.memory import SMALLEST, Plan, plan_memory
-    from deepstyle_support.messages import UserError, require_choice, tell, words
+    from deepstyle_support.messages import Stream, UserError, require_choice, say, tell, words
     from deepstyle_support.pictures import (
         MEAN_BGR,
         RESAMPLING,
@@ -51,7 +51,7 @@ try:
     )
     from deepstyle_support.provenance import description
     from deepstyle_support.records import Iteration, State
-    from deepstyle_support.terminal import progress_bar, signals_as_wishes
+    from deepstyle_support.terminal import fill_closed_descriptors, progress_bar, signals_as_wishes
     from deepstyle_support.vgg import CHANNELS, halo, layer_name, stride
     from deepstyle_support.weights import Weights, load_weights, trunk_digest
 except ModuleNotFoundError as missing:
@@ -192,7 +192,7 @@ class Describe(argparse.Action):
     """--describe: as with --version, nothing else is done."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: object, path: Any, option: object = None) -> None:
-        print(description(path, dataclasses.asdict(Settings())))
+        say(description(path, dataclasses.asdict(Settings())))
         parser.exit()
 
 
@@ -1076,7 +1076,9 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     weights, source = load_weights(settings.weights, settings.seed, settings.model)
     from rich.console import Console
 
-    console = Console(quiet=arguments.quiet, soft_wrap=True, markup=False, highlight=False)
+    # A PREFIX is shown as it is, even if it looks like Rich's names of pictures.
+    looks: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False, "emoji": False}
+    console = Console(file=cast(TextIO, Stream("stdout")), quiet=arguments.quiet, **looks)
     with outputs.owned():
         state = (
             outputs.read_state(what_shapes(pictures, settings, weights), Settings().decisive())
@@ -1186,6 +1188,7 @@ def read_inputs(arguments: argparse.Namespace, settings: Settings) -> Pictures:
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status; see the README for what each means."""
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    fill_closed_descriptors()
     try:
         arguments = command_line().parse_args(argv)
         names = [field.name for field in dataclasses.fields(Settings)]

@@ -19,7 +19,16 @@ END
 
 say() { printf '%s\n' "run.sh: $*" >&2; }
 
-here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+# The folder of this file itself, if it is called by a symbolic link. (macOS has had no readlink -f for long.)
+self=$0
+while [ -L "$self" ]; do
+    target=$(readlink "$self")
+    case $target in
+        /*) self=$target ;;
+        *) self=$(dirname -- "$self")/$target ;;
+    esac
+done
+here=$(CDPATH='' cd -- "$(dirname -- "$self")" && pwd)
 venv=$here/.venv
 unfinished=$here/.venv-unfinished # there while an installation is under way
 

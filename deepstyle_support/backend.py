@@ -38,7 +38,8 @@ def import_keras() -> ModuleType:
 @contextlib.contextmanager
 def silenced_stderr() -> Iterator[None]:
     """Nothing written to file descriptor 2 is shown, by C++ code either."""
-    sys.stderr.flush()
+    if sys.stderr:
+        sys.stderr.flush()
     shown = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -65,7 +66,7 @@ def parts_and_gradient(parts: Callable) -> Callable:
 
     def summed(x: Any, *given: Any) -> tuple[Any, dict[str, Any]]:
         values = parts(x, *given)
-        return sum(values.values(), keras.ops.zeros(())), values
+        return sum(values.values(), keras.ops.zeros((), "float32")), values
 
     compiled = {"tensorflow": with_tensorflow, "jax": with_jax, "torch": with_torch}[keras.backend.backend()](summed)
 

@@ -1,8 +1,11 @@
 """What is said to the person at the shell, and in which words; no other output, and nothing is computed here."""
 
+import contextlib
 import difflib
+import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any, TextIO
 
 
 class UserError(Exception):
@@ -13,9 +16,51 @@ class UserError(Exception):
         self.status = status
 
 
+class Stream:
+    """stdout or stderr, to write to whatever happens to it: it may be closed, or unable to show a letter.
+
+    Who has stopped listening silences the program and nothing else.
+    """
+
+    def __init__(self, name: str):
+        self.stream: TextIO | None = getattr(sys, name)
+
+    def write(self, text: str) -> int:
+        if self.stream:
+            encoding = getattr(self.stream, "encoding", None) or "utf-8"
+            self._try(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        if self.stream:
+            self._try(self.stream.flush)
+
+    def _try(self, act: Callable, *given: str) -> None:
+        try:
+            act(*given)
+        except (OSError, ValueError):  # a pipe without a reader, a terminal that is gone, a closed file
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                # Or else Python complains at its end that it cannot write what is left.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # type: ignore[union-attr]
+            self.stream = None
+
+    def isatty(self) -> bool:
+        return bool(self.stream) and self.stream.isatty()  # type: ignore[union-attr]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def tell(message: str) -> None:
     """Say what is no result, on stderr."""
-    print(f"deepstyle: {message}", file=sys.stderr)
+    say(f"deepstyle: {message}", "stderr")
+
+
+def say(text: str, where: str = "stdout") -> None:
+    """A line on stdout or stderr."""
+    stream = Stream(where)
+    stream.write(f"{text}\n")
+    stream.flush()
 
 
 def words(value: object) -> str:

@@ -94,11 +94,14 @@ def read_picture(path: str, allow_large: bool = False) -> tuple[np.ndarray, int]
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as 8-bit RGB: 16-bit grey scaled, transparency on white."""
-    if picture.mode.startswith("I"):
-        # Pillow's own conversion of 16-bit grey clips at 255 instead of scaling 65535 to 255.
-        sixteen_bit = np.asarray(picture).astype(np.float64)
-        picture = Image.fromarray(np.uint8(np.clip(np.rint(sixteen_bit / 257), 0, 255)))
+    """Any of Pillow's modes as 8-bit RGB: grey of 16, 32 bits or floats scaled, transparency on white."""
+    if picture.mode.startswith(("I", "F")):
+        # Pillow's own conversion clips at 255 instead of scaling what white is to 255: by the format 1 for floats and
+        # 65535 for 16 bits; of 32 bits only what is used.
+        grey = np.nan_to_num(np.asarray(picture).astype(np.float64))
+        usual = [1, 255, 65535] if picture.mode == "F" else [65535, 2**32 - 1]
+        white = next((most for most in usual if grey.max() <= most), grey.max())
+        picture = Image.fromarray(np.clip(np.rint(grey / white * 255), 0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

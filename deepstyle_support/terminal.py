@@ -45,9 +45,27 @@ def progress_bar(
         yield on_evaluation
 
 
+def stopping() -> list[int]:
+    """The signals that ask a run to stop; a dropped connection's unless whoever started it has it ignored (nohup)."""
+    signals = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+        signals.append(hangup)
+    return list(signals)
+
+
+def fill_closed_descriptors() -> None:
+    """Open what the shell has closed (2>&-): or else the next file would get its number, and others' messages."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
 @contextlib.contextmanager
 def signals_as_wishes() -> Iterator[list[int]]:
-    """The list of SIGINT and SIGTERM received: the first asks to stop, a second one leaves at once."""
+    """The list of SIGINT, SIGTERM and SIGHUP received: the first asks to stop, a second one leaves at once."""
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -56,7 +74,7 @@ def signals_as_wishes() -> Iterator[list[int]]:
             os._exit(128 + number)
         received.append(number)
 
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, receive) for number in stopping()}
     try:
         yield received
     finally:

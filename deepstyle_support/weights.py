@@ -50,7 +50,9 @@ def load_weights(named: str | None = None, seed: int = 0, model: str = "vgg16") 
         return random_weights(seed, model), "RANDOM weights, untrained: the picture will be no style transfer"
     if named:
         return read_weights(Path(named), model), f"weights from {named}"
-    cache = Path(os.environ.get("KERAS_HOME") or os.path.expanduser("~/.keras")) / "models"
+    home = os.path.expanduser("~")
+    home = tempfile.gettempdir() if home == "~" else home  # as Keras does where there is no home
+    cache = Path(os.environ.get("KERAS_HOME") or Path(home, ".keras")) / "models"
     own, indexed = KERAS_FILE.format(model), model == "vgg16"
     failures = []
     for path in (cache / own, cache / INDEX_FILE)[: 1 + indexed]:
