@@ -51,7 +51,13 @@ try:
     )
     from deepstyle_support.provenance import description
     from deepstyle_support.records import Iteration, State
-    from deepstyle_support.terminal import fill_closed_descriptors, progress_bar, signals_as_wishes
+    from deepstyle_support.terminal import (
+        describe_iteration,
+        describe_stop,
+        fill_closed_descriptors,
+        progress_bar,
+        signals_as_wishes,
+    )
     from deepstyle_support.vgg import CHANNELS, halo, layer_name, stride
     from deepstyle_support.weights import Weights, load_weights, trunk_digest
 except ModuleNotFoundError as missing:
@@ -745,14 +751,17 @@ def minimise(
     on_evaluation: Callable[[int, float], None] = lambda count, loss: None,
     stop: Callable[[], bool] = lambda: False,
     history: int = 10,
+    evaluations: int = 0,
+    iterations: int = 0,
 ) -> Generator[Accepted, None, None]:
     """The start, then the accepted point after every 20 evaluations, until the caller has had enough.
 
     start: (H, W, 3) float in input space. `on_evaluation` is told the number of evaluations so far and the
     loss of the latest. When `stop()` is true before an evaluation, or one fails, what has been accepted
     since the last point is handed over as a last one. The optimiser ends by itself only when it finds nothing better.
+    A run that goes on counts on from the `evaluations` and `iterations` that it has behind it.
     """
-    count, iterations = 0, 0
+    count = max(0, evaluations - 1)  # the start, where an earlier run ended, is evaluated once more
     accepted = handed_over = failure = None
 
     def evaluate(x: np.ndarray) -> Evaluation:
@@ -859,7 +868,7 @@ def stylize(
     pictures = Pictures(content, as_styles(style), tuple(style_masks), content_mask, color_mask, start)
     check_agreement(pictures, settings)
     weights, _ = load_weights(settings.weights, settings.seed, settings.model)
-    return paint(pictures, settings, weights)
+    return (iteration for iteration in paint(pictures, settings, weights) if not iteration.coarse)
 
 
 def as_styles(style: np.ndarray | list[np.ndarray]) -> tuple[np.ndarray, ...]:
@@ -957,49 +966,73 @@ def paint(
     `on_evaluation` is told the size that is painted, and what `minimise` tells; `stop` is as there.
     """
     shaped_by = state.shaped_by if state else what_shapes(pictures, settings, weights)
-    losses = list(state.losses) if state else []
     sizes = picture_sizes(pictures.content.shape, settings)
     plan = plan or plan_memory(sizes[-1], settings)
-
-    def points(size: tuple[int, int], start: np.ndarray) -> contextlib.closing:
-        objective = objective_at(size, pictures, settings, weights, plan.tile)
-        watch = functools.partial(on_evaluation, size)
-        return contextlib.closing(minimise(objective, start, watch, stop, plan.history))
-
+    exact = state is None
     x = state.x if state else start_picture(pictures, sizes[0], settings)
-    if not state:
-        for coarse, finer in itertools.pairwise(sizes):
-            with points(coarse, x) as found:
-                for accepted in itertools.islice(found, coarse_iterations(settings) + 1):
-                    x = accepted.x
-            x = enlarge(x.astype(np.float32), finer)
-    clock = time.perf_counter()
-    with points(sizes[-1], x) as found:
+    for size in sizes[sizes.index(state.size) if state else 0 :]:
+        if x.shape[:2] != size:
+            x = enlarge(x.astype(np.float32), size)
         if not state:
-            losses.append(loss_row(next(found).evaluation))
-        for accepted in found:
-            if state and accepted.count == 1:
+            state = State(x, np.empty((0, 4)), shaped_by, 0, False)
+        watch = functools.partial(on_evaluation, size)
+        at_size = objective_at(size, pictures, settings, weights, plan.tile), state, settings, size == sizes[-1]
+        for reached in iterations_at(*at_size, watch, stop, plan.history):
+            x = reached.state.x
+            shown = x if size == sizes[-1] else enlarge(x.astype(np.float32), sizes[-1])
+            yield reached._replace(
+                picture=finish(shown, pictures.content, settings, pictures.color_mask),
+                exact=exact and not reached.state.partial and size == sizes[-1],
+            )
+        if stop():
+            return
+        state = None
+
+
+def iterations_at(
+    objective: Objective,
+    state: State,
+    settings: Settings,
+    full: bool,
+    on_evaluation: Callable[[int, float], None],
+    stop: Callable[[], bool],
+    history: int,
+) -> Iterator[Iteration]:
+    """The iterations at one size, going on from `state`; their pictures are not made yet. `full`: not a coarse size."""
+    losses, most = list(state.losses), settings.num_iter if full else coarse_iterations(settings)
+    if state.iteration >= most:
+        return
+    clock, given = time.perf_counter(), state.evaluations
+    points = minimise(objective, state.x, on_evaluation, stop, history, given, max(0, state.iteration))
+    with contextlib.closing(points):
+        if given == 0:
+            losses.append(loss_row(next(points).evaluation))
+        for accepted in points:
+            if given and accepted.count == given:
                 continue  # it is what was saved already
-            losses.append(loss_row(accepted.evaluation))
-            number, (before, loss) = len(losses) - 1, (losses[-2][0], losses[-1][0])
-            improvement = 100 * (before - loss) / before if before else 0.0
+            row = loss_row(accepted.evaluation)
+            number, before = len(losses), losses[-1][0]
+            partial = accepted.count < number * EVALUATIONS_PER_ITERATION
+            losses += [] if partial else [row]
+            reached = State(accepted.x, np.array(losses), state.shaped_by, accepted.count, partial)
+            improvement = 100 * (before - row[0]) / before if before else 0.0
             yield Iteration(
                 number=number,
-                picture=finish(accepted.x, pictures.content, settings, pictures.color_mask),
-                loss=loss,
-                content_loss=losses[-1][1],
-                style_loss=losses[-1][2],
-                total_variation_loss=losses[-1][3],
+                picture=np.empty((0, 0, 3), np.uint8),
+                loss=row[0],
+                content_loss=row[1],
+                style_loss=row[2],
+                total_variation_loss=row[3],
                 improvement=improvement,
                 seconds=time.perf_counter() - clock,
                 evaluations=accepted.count,
                 parts=accepted.evaluation.parts,
-                # A run that was stopped, or is a resumed one, has fewer evaluations behind it.
-                exact=accepted.count >= number * EVALUATIONS_PER_ITERATION,
-                state=State(accepted.x, np.array(losses), shaped_by),
+                exact=False,
+                coarse=not full,
+                state=reached,
             )
             clock = time.perf_counter()
-            if number >= settings.num_iter or is_enough(number, improvement, settings):
+            if number >= most or (full and is_enough(number, improvement, settings)):
                 return
 
 
@@ -1056,16 +1089,6 @@ def is_enough(number: int, improvement: float, settings: Settings) -> bool:
 # --------------------------------------------------------------------------------------- run
 
 
-def describe_iteration(iteration: Iteration, settings: Settings, path: Path | None) -> str:
-    """The line that is shown for a finished iteration."""
-    return (
-        f"iteration {iteration.number}/{settings.num_iter}: loss {iteration.loss:.5g} "
-        f"(content {iteration.content_loss:.4g}, style {iteration.style_loss:.4g}, "
-        f"total variation {iteration.total_variation_loss:.4g}), "
-        f"improved by {iteration.improvement:.2f} %, {iteration.seconds:.1f} s" + (f", {path}" if path else "")
-    )
-
-
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """The command: check everything, paint, show and save each iteration. Returns the exit status."""
     pictures = read_inputs(arguments, settings)
@@ -1085,8 +1108,13 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
             if arguments.resume
             else None
         )
-        done = state.iteration if state else 0
+        coarse = state is not None and state.size != size
+        done = state.iteration if state and not coarse else 0
+        if state and not coarse:
+            outputs.expect(state, lambda: finish(state.x, pictures.content, settings, pictures.color_mask))
         if done >= settings.num_iter:
+            for path in outputs.finish():
+                console.print(f"saved {path}")
             if not arguments.quiet:
                 tell(f"nothing to do: {done} iterations are done; a larger --num_iter goes on from there")
             return 0
@@ -1094,37 +1122,48 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         if not state and (moved := outputs.clear_the_way(arguments.overwrite)):
             console.print(moved)
         if arguments.resume:
-            console.print(f"going on after iteration {done}" if state else "there is nothing to resume: a new run")
+            where = f" at {state.size[0]} x {state.size[1]}" if state and coarse else ""
+            after = f"going on after iteration {state.iteration}{where}" if state else ""
+            console.print(after or "there is nothing to resume: a new run")
         console.print(f"painting {size[0]} x {size[1]} pixels on {describe_device()}; {source}")
         console.print(plan.in_words(settings.history))
-        if coarser and not state:
+        if coarser and (coarse or not state):
             console.print("first " + ", then ".join(f"{rows} x {columns}" for rows, columns in coarser) + " pixels")
         start = start_picture(pictures, size, settings)
-        outputs.begin(lambda: finish(start, pictures.content, settings, pictures.color_mask))
-        totals = {at: (0, coarse_iterations(settings)) for at in coarser} | {size: (done, settings.num_iter)}
+        outputs.begin(lambda: finish(start, pictures.content, settings, pictures.color_mask), done)
+        totals = {at: coarse_iterations(settings) for at in coarser} | {size: settings.num_iter}
         with signals_as_wishes() as received, progress_bar(console, totals, EVALUATIONS_PER_ITERATION) as on_evaluation:
             iterations = paint(pictures, settings, weights, plan, state, on_evaluation, stop=lambda: bool(received))
-            last = save_all(iterations, outputs, settings, console.print)
-    done = last.number if last else done
+            last = save_all(iterations, outputs, totals, console.print)
     if received:
-        tell(f"stopped; iteration {done} is saved, and the same command with --resume goes on from there")
+        tell(describe_stop(last, done))
         return 128 + received[0]
-    if done < settings.num_iter and last and is_enough(done, last.improvement, settings):
-        console.print(f"stopped: the last iteration improved by less than {settings.min_improvement} %")
-    elif done < settings.num_iter:
+    done = last.number if last and not last.coarse else done
+    if done <= settings.num_iter and last and not last.state.partial and is_enough(done, last.improvement, settings):
+        if done < settings.num_iter:
+            console.print(f"stopped: the last iteration improved by less than {settings.min_improvement} %")
+    elif done < settings.num_iter or not last or last.state.partial:
         console.print("stopped: the optimiser finds no better picture than the last")
     return 0
 
 
 def save_all(
-    iterations: Generator[Iteration, None, None], outputs: Outputs, settings: Settings, show: Callable[[str], None]
+    iterations: Generator[Iteration, None, None],
+    outputs: Outputs,
+    totals: dict[tuple[int, int], int],
+    show: Callable[[str], None],
 ) -> Iteration | None:
-    """Save and show all iterations; returns the last."""
+    """Save and show all iterations, of which there are to be so many at each size; returns the last."""
     last = None
-    with contextlib.closing(iterations):
-        for last in iterations:
-            path = outputs.save(last, last.number == settings.num_iter)
-            show(describe_iteration(last, settings, path))
+    try:
+        with contextlib.closing(iterations):
+            for last in iterations:
+                path = outputs.save(last, last.number == totals[last.state.size])
+                show(describe_iteration(last, totals[last.state.size], path))
+    except BaseException:
+        with contextlib.suppress(UserError):  # what went wrong first is what is told
+            outputs.finish()
+        raise
     for path in outputs.finish():
         show(f"saved {path}")
     return last

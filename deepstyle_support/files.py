@@ -52,7 +52,7 @@ class Outputs:
     def __post_init__(self) -> None:
         self._logs: list[Log] = []
         self._frames: list[np.ndarray] = []
-        self._unsaved: Iteration | None = None  # the latest, whose picture --every left out
+        self._unsaved: Callable[[], Path] | None = None  # writes the latest picture, if that is not written yet
 
     @property
     def extras(self) -> list[Path]:
@@ -140,7 +140,11 @@ class Outputs:
             return None
         try:
             with np.load(path, allow_pickle=False) as file:
-                state = State(file["x"], file["losses"], json.loads(str(file["shaped_by"])))
+                losses, shapes = file["losses"], json.loads(str(file["shaped_by"]))
+                # 0.2.0 did not write the last two: its states are at the end of an iteration of 20 evaluations.
+                evaluations = int(file["evaluations"]) if "evaluations" in file else 20 * (len(losses) - 1)
+                partial = bool(file["partial"]) if "partial" in file else False
+                state = State(file["x"], losses, shapes, evaluations, partial)
         except Exception as error:  # np.load and zipfile raise almost anything on a damaged file
             raise UserError(f"'{path}' is no state of a run: {error}; without --resume the run starts anew") from error
         # A flag that the state does not know is newer than the state, which was made as its default makes it. A start
@@ -180,33 +184,44 @@ class Outputs:
 
     # While it goes on
 
-    def begin(self, start: Callable[[], np.ndarray]) -> None:
-        """Open the logs. An animation begins with start(), and with the pictures of a run that is resumed."""
+    def expect(self, state: State, picture: Callable[[], np.ndarray]) -> None:
+        """Write the picture of the state that is gone on from at the end, if it is missing and none comes after it."""
+        number = state.iteration + state.partial
+        if number and not self.picture_path(number).exists():
+            loss = float(state.losses[-1][0])
+            self._unsaved = lambda: self._write_picture(number, picture(), loss, state.shaped_by, exact=False)
+
+    def begin(self, start: Callable[[], np.ndarray], done: int) -> None:
+        """Open the logs. An animation begins with start(), and the pictures of the `done` iterations before."""
         self._logs = [csv_log(self.log)] if self.log else []
         self._logs += [tensorboard_log(self.tensorboard)] if self.tensorboard else []
         if self.animation:
-            numbers = itertools.takewhile(lambda n: self.picture_path(n).exists(), itertools.count(1))
-            self._frames = [start(), *(read_picture(str(self.picture_path(n)))[0] for n in numbers)]
+            paths = (self.picture_path(number) for number in range(1, done + 1))
+            earlier = (read_picture(str(path), allow_large=True)[0] for path in paths if path.exists())
+            self._frames = [start(), *earlier]
 
     def save(self, iteration: Iteration, last: bool) -> Path | None:
         """Write an iteration's picture, unless --every leaves it out, its state and its logs; returns the path.
 
         Raises UserError, status 1, if the disk does not take it.
         """
-        self._frames += [iteration.picture] if self.animation else []
-        wanted = last or iteration.number % self.every == 0
-        self._unsaved = None if wanted else iteration
+        state, path = iteration.state, None
+        # At a coarse size there is only the picture so far, which is written as that before the first iteration.
+        number, exact = (0, False) if iteration.coarse else (iteration.number, iteration.exact)
+        shown = number, iteration.picture, iteration.loss, state.shaped_by, exact
+        self._unsaved = lambda: self._write_picture(*shown)
         with advice_to_resume():
-            path = self._write_picture(iteration) if wanted else None
-            state = iteration.state
-            contents: dict[str, Any] = {
-                "x": np.float32(state.x),
-                "losses": state.losses,
-                "shaped_by": json.dumps(state.shaped_by),
-            }
-            write_whole(self.state_path, lambda file: np.savez(file, iteration=state.iteration, **contents))
-        for log in self._logs:
-            log(iteration)
+            if not iteration.coarse and (last or iteration.number % self.every == 0):
+                path, self._unsaved = self._unsaved(), None
+            contents: dict[str, Any] = {"x": np.float32(state.x), "losses": state.losses, "iteration": state.iteration}
+            contents |= {"evaluations": state.evaluations, "partial": state.partial}
+            contents |= {"shaped_by": json.dumps(state.shaped_by)}
+            write_whole(self.state_path, lambda file: np.savez(file, **contents))
+        if not iteration.coarse:
+            self.picture_path(0).unlink(missing_ok=True)
+            self._frames += [iteration.picture] if self.animation else []
+            for log in self._logs:
+                log(iteration)
         return path
 
     def finish(self) -> list[Path]:
@@ -214,21 +229,24 @@ class Outputs:
         paths = []
         if self._unsaved:
             with advice_to_resume():
-                paths.append(self._write_picture(self._unsaved))
-        if self.animation:
+                paths.append(self._unsaved())
+            self._unsaved = None
+        if self.animation and self._frames:
             write_animation(self.animation, self._frames)
             paths.append(self.animation)
         return paths
 
-    def _write_picture(self, iteration: Iteration) -> Path:
+    def _write_picture(
+        self, number: int, picture: np.ndarray, loss: float, shaped_by: dict[str, str], exact: bool
+    ) -> Path:
         """Save it as PNG, with what made it as its text. No metadata of the inputs goes in."""
-        made: dict[str, Any] = {"iteration": iteration.number, "loss": iteration.loss}
-        made |= {name: value for name, value in iteration.state.shaped_by.items() if name.endswith("SHA-256")}
+        made: dict[str, Any] = {"iteration": number, "loss": loss}
+        made |= {name: value for name, value in shaped_by.items() if name.endswith("SHA-256")}
         text = PngImagePlugin.PngInfo()
         text.add_itxt("Software", f"deepstyle {self.made.get('version', '')}")
-        text.add_itxt("deepstyle", json.dumps(made | self.made | {"exact": iteration.exact}))
-        path = self.picture_path(iteration.number)
-        write_whole(path, lambda file: Image.fromarray(iteration.picture).save(file, format="PNG", pnginfo=text))
+        text.add_itxt("deepstyle", json.dumps(made | self.made | {"exact": exact}))
+        path = self.picture_path(number)
+        write_whole(path, lambda file: Image.fromarray(picture).save(file, format="PNG", pnginfo=text))
         return path
 
 

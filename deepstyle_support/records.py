@@ -10,17 +10,24 @@ import numpy as np
 class State:
     """What a run needs to go on after an iteration."""
 
-    x: np.ndarray  # (H, W, 3) float32 in input space
+    x: np.ndarray  # (H, W, 3) float in input space, of the size that is painted: a coarse one, or the picture's
     losses: np.ndarray  # (iterations + 1, 4): the loss and its three parts, at the start and after each iteration
     shaped_by: dict[str, str]  # all that decides the pictures, in words
+    evaluations: int  # at this size
+    partial: bool  # whether it is within an iteration, not at the end of one
 
     @property
     def iteration(self) -> int:
+        """The iterations that are finished at this size."""
         return len(self.losses) - 1
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.x.shape[0], self.x.shape[1]
 
 
 class Iteration(NamedTuple):
-    """What one iteration brought. The three losses are weighted and add up to `loss`, as do its parts."""
+    """What one iteration, or a part of it, brought. The three losses, weighted, add up to `loss`, as do its parts."""
 
     number: int
     picture: np.ndarray  # (H, W, 3) uint8 RGB
@@ -30,7 +37,8 @@ class Iteration(NamedTuple):
     total_variation_loss: float
     improvement: float  # percent of the loss before; for the first, of the start picture's
     seconds: float
-    evaluations: int  # since the start, or the resumption, at this size
+    evaluations: int  # at this size, in all
     parts: dict[str, float]  # the loss at each layer, by name
     exact: bool  # whether the same command makes the same picture
+    coarse: bool  # whether it is of a size before the picture's own; the picture is enlarged
     state: State  # to go on from

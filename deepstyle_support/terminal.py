@@ -5,8 +5,11 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from .records import Iteration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,12 +17,12 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def progress_bar(
-    console: "Console", totals: dict[tuple[int, int], tuple[int, int]], steps: int
+    console: "Console", totals: dict[tuple[int, int], int], steps: int
 ) -> Iterator[Callable[[tuple[int, int], int, float], None]]:
     """A bar for the evaluations at each size, and the function that moves it, told the size, their number and the loss.
 
-    totals: for each size, the last being the picture's own, the iterations done before and those in all, each of so
-    many steps. On anything but a terminal it shows nothing.
+    totals: the iterations at each size, the last being the picture's own; each has so many steps. On anything but a
+    terminal it shows nothing.
     """
     from rich import progress
 
@@ -32,15 +35,17 @@ def progress_bar(
         *columns, console=console, transient=True, disable=not shown, speed_estimate_period=math.inf
     ) as bar:
         task = bar.add_task("getting ready", total=None, news="")
+        shown_size: tuple[int, int] | None = None
 
         def on_evaluation(at: tuple[int, int], count: int, loss: float) -> None:
-            before, total = totals[at]
+            nonlocal shown_size
+            total = totals[at]
             where = "" if at == list(totals)[-1] else f"{at[0]} x {at[1]}: "
-            if count == 1:
+            if at != shown_size:
+                shown_size = at
                 bar.reset(task, total=steps * total)
-            completed = steps * before + count
-            name = f"{where}iteration {min(completed // steps + 1, total)}/{total}"
-            bar.update(task, completed=completed, description=name, news=f"loss {loss:.4g},")
+            name = f"{where}iteration {min(count // steps + 1, total)}/{total}"
+            bar.update(task, completed=count, description=name, news=f"loss {loss:.4g},")
 
         yield on_evaluation
 
@@ -80,3 +85,28 @@ def signals_as_wishes() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def describe_iteration(iteration: Iteration, of: int, path: Path | None) -> str:
+    """The line that is shown for an iteration, or a part of it. `of`: how many there are to be at its size."""
+    rows, columns = iteration.state.size
+    return (
+        (f"{rows} x {columns}: " if iteration.coarse else "")
+        + f"iteration {iteration.number}/{of}{' in part' * iteration.state.partial}: loss {iteration.loss:.5g} "
+        f"(content {iteration.content_loss:.4g}, style {iteration.style_loss:.4g}, "
+        f"total variation {iteration.total_variation_loss:.4g}), "
+        f"improved by {iteration.improvement:.2f} %, {iteration.seconds:.1f} s" + (f", {path}" if path else "")
+    )
+
+
+def describe_stop(last: Iteration | None, done: int) -> str:
+    """What is told to a person who has stopped the run."""
+    goes_on = "and the same command with --resume goes on from there"
+    if not last:
+        return f"stopped before anything new was found; iteration {done} is saved, {goes_on}"
+    if last.coarse:
+        rows, columns = last.state.size
+        return f"stopped at {rows} x {columns} pixels; the picture so far is saved, {goes_on}"
+    if last.state.partial:
+        return f"stopped within iteration {last.number}; its picture so far is saved, {goes_on}"
+    return f"stopped; iteration {last.number} is saved, {goes_on}"

@@ -76,7 +76,8 @@ def test_a_backend_that_is_not_there_is_one_line(picture_files, tmp_path, backen
     ended = subprocess.run(command, env=environment(backend), capture_output=True, text=True)
     assert ended.returncode == 2
     assert len(ended.stderr.splitlines()) == 1
-    assert f"KERAS_BACKEND={backend}" in ended.stderr
+    assert "KERAS_BACKEND" in ended.stderr
+    assert backend in ended.stderr
     assert list(tmp_path.glob("a*")) == []
 
 
