@@ -87,3 +87,12 @@ def test_every_weight_may_be_zero(untrained):
     loss, gradient = deepstyle.Objective(picture, picture, weights=untrained, **weights)(picture)
     assert loss == 0
     assert not gradient.any()
+
+
+def test_another_type_in_keras_json_changes_nothing(picture_files, tmp_path):
+    (tmp_path / "keras.json").write_text('{"floatx": "float64", "backend": "tensorflow"}')
+    command = [sys.executable, str(SCRIPT), *picture_files, str(tmp_path / "a"), "--weights", "random"]
+    command += ["--image_size", "32", "--num_iter", "1", "--quiet"]
+    environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    ended = subprocess.run(command, env=environment | {"KERAS_HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -41,6 +41,7 @@ ROWS = [
     ([*RUN, "--image_size", "64.5"], "--image_size: expected a whole number, not '64.5'"),
     ([*RUN, "--image_size", "31"], "31 x 41 pixels, but needs at least 32 on each side"),
     ([*RUN, "--image_size", "1000000000"], "GB of memory or more"),
+    ([*RUN, "--scales", "1000000000"], "lower --scales"),
     ([*RUN, "--image_size", "100000", "--maintain_aspect_ratio", "no"], "100000 x 100000 pixels need"),
     ([*RUN, "--num_iter", "0"], "--num_iter is 0; it must be 1 or more"),
     ([*RUN, "--num_iter", "-3"], "--num_iter is -3"),

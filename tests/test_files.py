@@ -1,6 +1,9 @@
 """The files of a run: their names, that they are whole, how runs are kept apart and gone on with."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -191,3 +194,65 @@ def test_a_folder_that_may_not_be_written_is_noticed_before_the_start(tmp_path, 
     monkeypatch.setattr(files.os, "access", lambda folder, mode: False)  # root may write everywhere
     with pytest.raises(deepstyle.UserError, match="no permission"):
         Outputs(tmp_path / "new" / "a").check([], (32, 32))
+
+
+def as_state_of_0_2_0(path, **changes):
+    """Rewrite a state as an earlier version would have it; a change to None takes a key out."""
+    with np.load(path) as file:
+        contents = {name: file[name] for name in ("x", "losses", "iteration")}
+        shaped_by = json.loads(str(file["shaped_by"])) | changes
+    kept = {name: value for name, value in shaped_by.items() if value is not None}
+    np.savez(path, shaped_by=json.dumps(kept), **contents)
+
+
+def test_a_state_that_is_older_than_a_flag_is_gone_on_with_at_the_flags_default(picture_files, tmp_path, capsys):
+    command = [*picture_files, str(tmp_path / "a"), *SMALL]
+    assert deepstyle.main([*command, "--num_iter", "1"]) == 0
+    as_state_of_0_2_0(tmp_path / "a_state.npz", **{"--style_fit": None})
+    assert deepstyle.main([*command, "--resume", "--style_size", "64"]) == 2
+    as_state_of_0_2_0(tmp_path / "a_state.npz", **{"--style_size": None})
+    capsys.readouterr()
+    assert deepstyle.main([*command, "--resume", "--style_size", "64"]) == 2
+    assert "--style_size was 0 and now is 64" in capsys.readouterr().err
+    assert deepstyle.main([*command, "--resume"]) == 0
+    assert (tmp_path / "a_at_iteration_2.png").exists()
+
+
+def test_a_start_picture_is_known_by_its_digest_whatever_its_path(picture_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [*picture_files, str(tmp_path / "a"), *SMALL, "--init_image"]
+    assert deepstyle.main([*command, "style.png", "--num_iter", "1"]) == 0
+    as_state_of_0_2_0(tmp_path / "a_state.npz", **{"--init_image": "style.png"})
+    assert deepstyle.main([*command, "content.png", "--resume"]) == 2
+    assert "the start picture's SHA-256 was" in capsys.readouterr().err
+    assert deepstyle.main([*command, "./style.png", "--resume"]) == 0
+
+
+@pytest.mark.parametrize("wrong", ["backend", "mask"])
+def test_what_is_wrong_is_said_before_an_earlier_run_is_touched(picture_files, tmp_path, wrong):
+    command = [sys.executable, deepstyle.__file__, *picture_files, str(tmp_path / "out" / "a"), *SMALL, "--quiet"]
+    subprocess.run(command, check=True)
+    before = names(tmp_path / "out")
+    environment = os.environ | ({"KERAS_BACKEND": "numpy"} if wrong == "backend" else {})
+    corner = np.zeros((33, 48), np.uint8)
+    corner[-1] = 255  # a row that pooling leaves out
+    Image.fromarray(corner).save(tmp_path / "corner.png")
+    flags = ["--overwrite", "--image_size", "33"]
+    flags += ["--style_masks", str(tmp_path / "corner.png")] if wrong == "mask" else []
+    ended = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert {"backend": "KERAS_BACKEND is 'numpy'", "mask": "the style mask is all black at conv2_1"}[
+        wrong
+    ] in ended.stderr
+    assert names(tmp_path / "out") == before
+
+
+def test_two_that_write_the_same_file_at_once_do_not_mix(tmp_path):
+    def write_slowly(file):
+        file.write(b"one")
+        write_whole(tmp_path / "a", lambda other: other.write(b"two"))
+        file.write(b" one")
+
+    write_whole(tmp_path / "a", write_slowly)
+    assert (tmp_path / "a").read_bytes() == b"one one"
+    assert names(tmp_path) == ["a"]

@@ -53,7 +53,7 @@ def assert_all_files_are_whole(prefix):
     if state.exists():
         with np.load(state) as opened:
             # A kill may come between a picture and its state.
-            assert len(numbers) - 1 <= opened["iteration"] <= len(numbers)
+            assert len(numbers) - 1 <= opened["iteration"] + opened["partial"] <= len(numbers)
             assert np.isfinite(opened["x"]).all()
     return len(numbers)
 
@@ -67,16 +67,20 @@ def test_a_signal_saves_what_there_is_and_resume_goes_on(picture_files, tmp_path
     out, err = run.communicate(timeout=30)
     assert run.returncode == status
     done = assert_all_files_are_whole(prefix)
-    assert (
-        err == f"deepstyle: stopped; iteration {done} is saved, and the same command with --resume goes on from there\n"
+    assert re.fullmatch(
+        rf"deepstyle: stopped(; iteration {done} is saved| within iteration {done}; its picture so far is saved"
+        rf"| before anything new was found; iteration {done} is saved), "
+        r"and the same command with --resume goes on from there\n",
+        err,
     )
     assert out.splitlines()[-1].startswith(f"iteration {done}/")
     with np.load(f"{prefix}_state.npz") as state:
-        assert state["iteration"] == done
+        finished = done - int(state["partial"])
+        assert state["iteration"] == finished
     again = start(picture_files, prefix, *SMALL, "--num_iter", str(done + 2), "--resume")
     out, err = again.communicate(timeout=60)
     assert (again.returncode, err) == (0, "")
-    assert out.startswith(f"going on after iteration {done}\n")
+    assert out.startswith(f"going on after iteration {finished}\n")
     assert assert_all_files_are_whole(prefix) == done + 2
 
 
@@ -161,7 +165,7 @@ def test_a_run_that_goes_wrong_keeps_the_last_good_picture(picture_files, tmp_pa
     assert "loss is no longer finite" in capfd.readouterr().err
     assert assert_all_files_are_whole(prefix) == 2  # after 20 evaluations, and what the other nine brought
     with np.load(f"{prefix}_state.npz") as state:
-        assert state["iteration"] == 2
+        assert (state["iteration"], state["partial"], state["evaluations"]) == (1, True, 29)
         assert np.all(np.diff(state["losses"][:, 0]) < 0)
 
 
@@ -200,3 +204,106 @@ def test_the_same_command_gives_the_same_pictures_bit_for_bit(picture_files, tmp
         assert run.communicate(timeout=120)[1] == ""
         files.append([picture(tmp_path / "out", number).read_bytes() for number in (1, 2)])
     assert files[0] == files[1]
+
+
+def failing_at(monkeypatch, number):
+    """Let the loss be no longer finite at this evaluation of the next run."""
+    evaluate, calls = deepstyle.Objective.evaluate, []
+
+    def fail(self, x):
+        calls.append(x)
+        return evaluate(self, x if len(calls) < number else np.full_like(x, np.nan))
+
+    monkeypatch.setattr(deepstyle.Objective, "evaluate", fail)
+
+
+def test_a_run_that_goes_wrong_between_saved_pictures_leaves_its_last_one(picture_files, tmp_path, monkeypatch):
+    failing_at(monkeypatch, 50)
+    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *SMALL, "--num_iter", "9", "--every", "10"]) == 1
+    assert saved_numbers(tmp_path / "a") == [3]
+
+
+def test_a_picture_that_is_missing_is_written_from_the_state(picture_files, tmp_path, capfd):
+    command = [*picture_files, str(tmp_path / "a"), *SMALL]
+    assert deepstyle.main(command) == 0
+    before = np.asarray(Image.open(picture(tmp_path / "a", 2))).astype(int)
+    picture(tmp_path / "a", 2).unlink()
+    assert deepstyle.main([*command, "--resume"]) == 0
+    assert "nothing to do" in capfd.readouterr().err
+    assert np.abs(np.asarray(Image.open(picture(tmp_path / "a", 2))) - before).max() <= 1  # from float32
+
+
+def test_a_run_that_ends_in_a_coarse_size_goes_on_there(picture_files, tmp_path, monkeypatch, capfd):
+    command = [*picture_files, str(tmp_path / "a"), *SMALL, "--image_size", "64", "--scales", "2", "--num_iter", "3"]
+    with monkeypatch.context() as broken:
+        failing_at(broken, 30)
+        assert deepstyle.main(command) == 1
+    assert saved_numbers(tmp_path / "a") == [0]
+    assert Image.open(picture(tmp_path / "a", 0)).size == (85, 64)
+    with np.load(tmp_path / "a_state.npz") as state:
+        assert state["x"].shape == (32, 42, 3)
+        assert (state["iteration"], state["partial"]) == (1, True)
+    capfd.readouterr()
+    assert deepstyle.main([*command, "--resume"]) == 0
+    said = capfd.readouterr().out
+    assert said.startswith("going on after iteration 1 at 32 x 42\n")
+    assert "\n32 x 42: iteration 2/2: " in said
+    assert saved_numbers(tmp_path / "a") == [1, 2, 3]
+
+
+def test_a_hangup_saves_what_there_is_unless_it_is_ignored(picture_files, tmp_path):
+    prefix = tmp_path / "a"
+    run = start(picture_files, prefix, *ENDLESS)
+    wait_for(picture(prefix, 1), run)
+    run.send_signal(signal.SIGHUP)
+    run.communicate(timeout=30)
+    assert run.returncode == 128 + signal.SIGHUP
+    nohup = ("sh", "-c", 'trap "" HUP; exec "$@"', "sh", sys.executable, deepstyle.__file__)
+    run = start(picture_files, tmp_path / "b", *ENDLESS, program=nohup)
+    wait_for(picture(tmp_path / "b", 1), run)
+    run.send_signal(signal.SIGHUP)
+    wait_for(picture(tmp_path / "b", 4), run)
+    run.kill()
+    run.communicate()
+
+
+def test_one_run_owns_a_prefix_and_a_killed_one_holds_nobody_up(picture_files, tmp_path, capfd):
+    prefix = tmp_path / "a"
+    run = start(picture_files, prefix, *ENDLESS)
+    wait_for(picture(prefix, 1), run)
+    assert deepstyle.main([*picture_files, str(prefix), *SMALL, "--overwrite"]) == 2
+    assert f"another run is writing '{prefix}'" in capfd.readouterr().err
+    run.kill()
+    run.communicate()
+    assert deepstyle.main([*picture_files, str(prefix), *SMALL, "--overwrite"]) == 0
+    assert saved_numbers(prefix) == [1, 2]
+    assert not list(tmp_path.glob(".a*"))
+
+
+@pytest.mark.parametrize(
+    ("shell", "locale"),
+    [('"$@" | head -1', "C.UTF-8"), ('"$@" 2>&-', "C.UTF-8"), ('"$@" >&-', "C.UTF-8"), ('"$@"', "C")],
+    ids=["closed pipe", "no stderr", "no stdout", "ASCII"],
+)
+def test_who_does_not_listen_silences_the_program_and_nothing_else(picture_files, tmp_path, shell, locale):
+    command = ["sh", "-c", shell + '; echo "status $?" >status', "sh", sys.executable, deepstyle.__file__]
+    environment = os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ended = subprocess.run([*command, *picture_files, "é/", *SMALL], cwd=tmp_path, env=environment, capture_output=True)
+    assert (tmp_path / "status").read_text() == "status 0\n"
+    assert ended.stderr == b""
+    assert (tmp_path / "é" / "result_image_at_iteration_2.png").exists()
+
+
+def test_a_script_that_leaves_the_generator_as_it_is_ends(picture_files):
+    lines = [
+        "import deepstyle, numpy as np",
+        "picture = np.full((40, 40, 3), 99, np.uint8)",
+        "picture[:20] = 1",
+        "painting = deepstyle.stylize(picture, picture[::-1], weights='random', image_size=32)",
+        "print(next(painting).number)",
+    ]
+    for ending in ("", "1 / 0"):
+        script = "\n".join([*lines, ending])
+        ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert ended.stdout == "1\n"
+        assert ("ZeroDivisionError" in ended.stderr) == bool(ending)

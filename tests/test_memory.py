@@ -47,6 +47,7 @@ def test_tiles_change_neither_loss_nor_gradient(untrained, rows, columns, tile, 
         {"content_layer": "conv2_2"},
         {"style_weight": 0},
         {"content_weight": 0, "total_variation_weight": 0},
+        {"content_weight": 0, "style_weight": 0, "total_variation_weight": 1},
     ],
     ids=str,
 )

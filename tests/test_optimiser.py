@@ -1,5 +1,6 @@
 """L-BFGS run once, seen through a generator; the rules for stopping."""
 
+import functools
 import itertools
 import math
 import os
@@ -260,14 +261,45 @@ def test_each_size_starts_from_the_coarser_result(untrained):
     assert start < 0.7 * plain[0][2]
 
 
-def test_stop_at_a_coarse_size_gives_what_there_is_at_full_size(untrained):
+def test_stop_at_a_coarse_size_gives_what_there_is_enlarged(untrained):
     (iteration,), told = watched_run(untrained, stop_at=5, scales=2)
+    assert iteration.coarse
     assert iteration.picture.shape == (64, 80, 3)
-    assert [size for size, *_ in told] == [(32, 40)] * 5 + [(64, 80)]
+    assert iteration.state.size == (32, 40)
+    assert (iteration.state.partial, iteration.state.evaluations) == (True, 5)
+    assert [size for size, *_ in told] == [(32, 40)] * 5
+
+
+def note(told, *news):
+    told.append(news)
+
+
+def enough(told):
+    return len(told) >= 9
+
+
+def test_however_often_a_run_is_stopped_its_evaluations_are_done(untrained):
+    pictures = deepstyle.Pictures(smooth_picture(1, 64, 80), (smooth_picture(2, 40, 32),))
+    settings, state, numbers, evaluations = Settings(image_size=64, num_iter=2, scales=2), None, [], []
+    for _ in range(30):
+        told: list[tuple] = []
+        watch = {"on_evaluation": functools.partial(note, told), "stop": functools.partial(enough, told)}
+        iterations = deepstyle.paint(pictures, settings, untrained, state=state, **watch)
+        for iteration in iterations:
+            state = iteration.state
+            numbers.append((iteration.coarse, iteration.number))
+            evaluations.append(iteration.evaluations)
+        if not iteration.coarse and state.iteration == 2:
+            break
+    assert sorted(set(numbers)) == [(False, 1), (False, 2), (True, 1)]
+    assert numbers == sorted(numbers, key=lambda number: (not number[0], number[1]))
+    assert 40 <= evaluations[-1] <= 45
+    (*_, unbroken), _ = watched_run(untrained, scales=2, num_iter=2)
+    assert iteration.loss < 2 * unbroken.loss  # what is learnt of the curvature is lost at each stop
 
 
 def test_a_resumed_run_does_not_begin_coarse_again(untrained):
-    (iteration,), _ = watched_run(untrained, scales=2)
+    (*_, iteration), _ = watched_run(untrained, scales=2)
     told = []
     settings = Settings(image_size=64, num_iter=2, scales=2)
     (resumed,) = deepstyle.paint(

@@ -284,3 +284,20 @@ def test_resume_refuses_another_mask(picture_files, tmp_path, capsys):
     assert "the content mask picture's SHA-256 was" in capsys.readouterr().err
     assert run(picture_files, tmp_path / "a", "--resume") == 2
     assert "cannot resume" in capsys.readouterr().err
+
+
+def test_the_command_has_every_flag_that_is_not_its_default_if_it_is_0_or_false():
+    arguments = deepstyle.command_line().parse_args(["c.png", "s.png", "out"])
+    falsy = {"maintain_aspect_ratio": False, "total_variation_weight": 0.0, "content_weight": 0.0}
+    made = deepstyle.how_it_is_made(arguments, Settings(**falsy), deepstyle.Plan(None, 10, 0, 0))
+    command = command_again(json.loads(json.dumps(made)), dataclasses.asdict(Settings()))
+    parsed = deepstyle.command_line().parse_args(shlex.split(command)[2:])
+    assert {name: getattr(parsed, name) for name in falsy} == falsy
+
+
+def test_an_animation_of_a_resumed_run_has_the_pictures_up_to_its_state(picture_files, tmp_path):
+    assert run(picture_files, tmp_path / "a", "--num_iter", 2) == 0
+    stale = pixels(tmp_path / "a_at_iteration_1.png")
+    Image.fromarray(stale).save(tmp_path / "a_at_iteration_4.png")
+    assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--resume", "--animation", tmp_path / "a.gif") == 0
+    assert Image.open(tmp_path / "a.gif").n_frames == 4  # the start, and three

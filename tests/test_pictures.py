@@ -123,3 +123,17 @@ def test_input_space_is_bgr_minus_the_means_and_back():
 def test_saved_values_are_rounded_and_clipped():
     x = np.float64([[[300, 99.6, -50]]]) - MEAN_BGR
     assert from_input_space(x).tolist() == [[[0, 100, 255]]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "grey", "white"),
+    [("float32", 0.5, 1), ("float32", 100, 255), ("int32", 32768, 65535), ("int32", 2**30, 2**31 - 1)],
+)
+def test_greys_are_scaled_by_what_is_white(tmp_path, mode, grey, white):
+    values = np.zeros((4, 4), mode)
+    values[0], values[1] = white, grey
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    picture, _ = deepstyle.read_picture(str(tmp_path / "a.tif"))
+    assert picture[0, 0, 0] == (127 if white == 2**31 - 1 else 255)
+    assert abs(int(picture[1, 0, 0]) - 255 * grey / white * picture[0, 0, 0] / 255) <= 1
+    assert picture[2, 0, 0] == 0

@@ -185,3 +185,13 @@ def test_the_environment_never_makes_itself_anew(clone):
     status, out, _, log = run(clone, "--setup", DEEPSTYLE_PYTHON=own)
     assert (status, out) == (0, f"{own}\n")
     assert "--clear" not in log
+
+
+def test_a_link_to_run_sh_uses_the_environment_beside_the_file(clone):
+    (clone.parent / "links").mkdir()
+    (clone.parent / "links" / "paint").symlink_to(clone / "run.sh")
+    environment = {"PATH": f"{clone.parent / 'bin'}:/usr/bin:/bin", "LOG": str(clone.parent / "log")}
+    command = ["sh", str(clone.parent / "links" / "paint"), "--setup"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.stdout == f"{clone}/.venv/bin/python\n"
+    assert not (clone.parent / "links" / ".venv").exists()

