@@ -1108,6 +1108,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
             if arguments.resume
             else None
         )
+        outputs.check_extras_are_ours()
         coarse = state is not None and state.size != size
         done = state.iteration if state and not coarse else 0
         if state and not coarse:

@@ -105,8 +105,10 @@ class Outputs:
             ("--animation", self.animation, (".gif", ".webp", ".mp4")),
             ("--log", self.log, (".csv",)),
         ):
-            if path and (path.suffix not in kinds or path.is_dir()):
-                raise UserError(f"{flag} is '{path}'; it must be a file whose name ends in {' or '.join(kinds)}")
+            if path and (path.suffix not in kinds or path.is_dir() or len(os.fsencode(path.name)) > 200):
+                raise UserError(
+                    f"{flag} is '{path}'; it must be a file whose name ends in {' or '.join(kinds)}, of up to 200 bytes"
+                )
         if self.tensorboard and self.tensorboard.is_file():
             raise UserError(f"--tensorboard is '{self.tensorboard}', which is a file; it must be a folder")
         needs = [("imageio_ffmpeg", "imageio-ffmpeg")] if self.animation and self.animation.suffix == ".mp4" else []
@@ -156,11 +158,31 @@ class Outputs:
                 raise UserError(f"cannot resume '{path}': {name} was {before} and now is {now}")
         return state
 
-    def clear_the_way(self, overwrite: bool) -> str:
-        """Move an earlier run's files together into <base>_earlier_<n>/, or remove them; says so if it did.
+    def _resolved(self) -> list[Path]:
+        return [path.resolve() for path in self.extras]
 
-        The extras may be of another run; they are in the way all the same.
-        """
+    def _extras_before(self) -> list[Path]:
+        """What an earlier run of this PREFIX wrote besides its pictures and state, as its state says."""
+        try:
+            with np.load(self.state_path, allow_pickle=False) as file:
+                # 0.2.0 did not say it: what is there by these names is taken for it.
+                return (
+                    [Path(path) for path in json.loads(str(file["extras"]))] if "extras" in file else self._resolved()
+                )
+        except Exception:  # there is none, or it is damaged: np.load raises almost anything
+            return []
+
+    def check_extras_are_ours(self) -> None:
+        """Raise UserError if a log, an animation or TensorBoard's events are there that no run of this PREFIX wrote."""
+        ours = self._extras_before()
+        for path in self._resolved():
+            if files_of(path) and path not in ours:
+                raise UserError(
+                    f"'{path}' is there, and not of a run with this PREFIX; move it, or choose another name"
+                )
+
+    def clear_the_way(self, overwrite: bool) -> str:
+        """Move an earlier run's files together into <base>_earlier_<n>/, or remove them; says so if it did."""
         there = list(self.base.parent.iterdir())
         for path in there:  # what a killed run was writing
             unfinished = re.fullmatch(r"\.(.+?)(\.[0-9a-f]{8})?\.part", path.name)
@@ -168,7 +190,8 @@ class Outputs:
                 path.unlink()
         # The state goes first: if we are killed on the way, nothing is left that could be gone on with.
         earlier = sorted((path for path in there if self.owns(path)), key=lambda path: path.suffix != ".npz")
-        earlier += [path for path in self.extras if path.is_file()]
+        extras = [file for path in self._extras_before() for file in files_of(path)]
+        earlier += extras
         if not earlier:
             return ""
         if overwrite:
@@ -215,7 +238,7 @@ class Outputs:
                 path, self._unsaved = self._unsaved(), None
             contents: dict[str, Any] = {"x": np.float32(state.x), "losses": state.losses, "iteration": state.iteration}
             contents |= {"evaluations": state.evaluations, "partial": state.partial}
-            contents |= {"shaped_by": json.dumps(state.shaped_by)}
+            contents |= {"shaped_by": json.dumps(state.shaped_by), "extras": json.dumps([*map(str, self._resolved())])}
             write_whole(self.state_path, lambda file: np.savez(file, **contents))
         if not iteration.coarse:
             self.picture_path(0).unlink(missing_ok=True)
@@ -248,6 +271,11 @@ class Outputs:
         path = self.picture_path(number)
         write_whole(path, lambda file: Image.fromarray(picture).save(file, format="PNG", pnginfo=text))
         return path
+
+
+def files_of(extra: Path) -> list[Path]:
+    """The file that a log or an animation is, or TensorBoard's in a folder."""
+    return sorted(extra.glob("events.out.tfevents.*")) if extra.is_dir() else [extra] * extra.is_file()
 
 
 @contextlib.contextmanager

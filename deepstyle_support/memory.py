@@ -3,11 +3,12 @@
 import bisect
 import contextlib
 import math
-import os
 import re
 import subprocess
 from pathlib import Path
 from typing import NamedTuple, Protocol
+
+import psutil
 
 from .messages import UserError
 from .vgg import CHANNELS, halo, stride
@@ -141,17 +142,11 @@ def needed_memory(size: tuple[int, int], tile: int | None, history: int, model: 
 def free_memory(cap: float) -> tuple[float, float]:
     """Bytes that this process can have, and on the GPU (0 if there is none); each at most `cap` GB unless that is 0.
 
-    It is what the machine has free, or less if a cgroup allows less.
+    It is what the machine has free, or less if a cgroup leaves less.
     """
-    limits: list[float] = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with contextlib.suppress(OSError):
-        found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
-        limits += [int(found[1]) * 1024] if found else []
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
-            limits.append(int(Path(path).read_text()))
+    limits: list[float] = [psutil.virtual_memory().available, *left_by_cgroups()]
     gpu = 0.0
-    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, IndexError):
         query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
         said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
         gpu = int(said.splitlines()[0]) * 2**20
@@ -159,3 +154,23 @@ def free_memory(cap: float) -> tuple[float, float]:
         limits.append(cap * 1e9)
         gpu = min(gpu, cap * 1e9)
     return min(limits), gpu
+
+
+def left_by_cgroups() -> list[float]:
+    """What each cgroup that this process is in, or that holds one it is in, leaves of its limit; on Linux only."""
+    root = Path("/sys/fs/cgroup")
+    left: list[float] = []
+    own: list[list[str]] = []
+    with contextlib.suppress(OSError):
+        own = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    for _, controllers, name in [*own, ["", "", "/"], ["", "memory", "/"]]:
+        version_1 = "memory" in controllers
+        limit, use = ("limit_in_bytes", "usage_in_bytes") if version_1 else ("max", "current")
+        top = root / "memory" if version_1 else root
+        for folder in (top / name.lstrip("/"), *(top / name.lstrip("/")).parents):
+            with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
+                most, used = (int((folder / f"memory.{what}").read_text()) for what in (limit, use))
+                # What files leave in memory is given up when it is needed.
+                cached = re.search(r"^(?:total_)?inactive_file (\d+)", (folder / "memory.stat").read_text(), re.M)
+                left.append(most - used + (int(cached[1]) if cached else 0))
+    return left

@@ -1,8 +1,10 @@
 """Pictures as arrays: reading them, sizes, colours, masks. No network, and nothing of what a setting decides."""
 
+import contextlib
 import dataclasses
 import hashlib
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -73,24 +75,32 @@ def read_picture(path: str, allow_large: bool = False) -> tuple[np.ndarray, int]
     """
     limit = Image.MAX_IMAGE_PIXELS
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if allow_large:
-                Image.MAX_IMAGE_PIXELS = None  # Pillow has no other way; it is put back below
-            with Image.open(path) as file:
-                pictures = getattr(file, "n_frames", 1)
-                picture = np.asarray(to_rgb(ImageOps.exif_transpose(file)))
+        with pixel_limit(lifted=allow_large), Image.open(path) as file:
+            pictures = getattr(file, "n_frames", 1)
+            picture = np.asarray(to_rgb(ImageOps.exif_transpose(file)))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(f"'{path}' has more than Pillow's limit of {limit} pixels; --allow_large lifts it") from error
     except Image.UnidentifiedImageError as error:
         raise UserError(f"'{path}' is no picture that Pillow can read") from error
     except Exception as error:  # on damaged files Pillow's decoders raise almost anything
         raise UserError(f"cannot read the picture '{path}': {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
     if picture.shape[0] * picture.shape[1] == 1:
         raise UserError(f"'{path}' is a single pixel; a picture is needed")
     return picture, pictures
+
+
+@contextlib.contextmanager
+def pixel_limit(lifted: bool) -> Iterator[None]:
+    """Pillow's limit of pixels against decompression bombs: an error within, also where it warns, or lifted."""
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if lifted:
+                Image.MAX_IMAGE_PIXELS = None  # Pillow has no other way
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

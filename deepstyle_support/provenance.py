@@ -7,16 +7,17 @@ from typing import Any
 from PIL import Image
 
 from .messages import UserError, words
+from .pictures import pixel_limit
 
 
 def read_made(path: str) -> dict[str, Any]:
     """What a picture's text says of how it was made. Raises UserError if it says nothing."""
     try:
-        with Image.open(path) as picture:
+        with pixel_limit(lifted=True), Image.open(path) as picture:  # only its text is read
             return {"made with": picture.info["Software"], **json.loads(picture.info["deepstyle"])}
     except OSError as error:
         raise UserError(f"cannot read the picture '{path}': {error.strerror or error}") from error
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"'{path}' does not say how it was made; only deepstyle's own PNG files do") from error
 
 

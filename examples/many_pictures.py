@@ -3,13 +3,15 @@
 
     python examples/many_pictures.py jobs.txt results --image_size 400 --workers 2
 
-A line of jobs.txt is "CONTENT STYLE", paths without spaces that each machine can read; the last picture of line n
-becomes results/n.png. A job that fails is reported at the end, and does not stop the others.
-Needs the package ray. On a cluster that is running, set RAY_ADDRESS=auto; it decides how many jobs run at a time.
+A line of jobs.txt is "CONTENT STYLE", paths that each machine can read, in quotes if there are spaces in them; the last
+picture of line n becomes results/n.png, and one that is there already is left as it is. A job that fails is reported at
+the end, and does not stop the others. Needs the package ray. On a cluster that is running, set RAY_ADDRESS=auto; it
+decides how many jobs run at a time, each with as many cores as it would have here.
 """
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -26,10 +28,11 @@ def paint(content: str, style: str, out: str, threads: int, options: dict) -> st
     from PIL import Image
 
     import deepstyle
+    from deepstyle_support.disk import write_whole
 
     pictures = (deepstyle.read_picture(path)[0] for path in (content, style))
     *_, last = deepstyle.stylize(*pictures, **options)
-    Image.fromarray(last.picture).save(out)
+    write_whole(Path(out), lambda file: Image.fromarray(last.picture).save(file, format="PNG"))
     return out
 
 
@@ -45,22 +48,28 @@ def main(argv: list[str] | None = None) -> int:
     arguments.results.mkdir(parents=True, exist_ok=True)
     options = {name: getattr(arguments, name) for name in ("image_size", "num_iter", "weights")}
     threads = max(1, os.cpu_count() // arguments.workers)
-    here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": arguments.workers, "include_dashboard": False}
+    here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": threads * arguments.workers, "include_dashboard": False}
+    jobs, failed = [], 0
+    for number, line in enumerate(arguments.jobs.read_text().splitlines(), 1):
+        out = (arguments.results / f"{number}.png").resolve()
+        if line.strip() and not out.exists():
+            try:
+                content, style = (str(Path(path).resolve()) for path in shlex.split(line))
+                jobs.append((line, content, style, str(out)))
+            except ValueError:
+                failed += 1
+                print(f"failed: line {number}, '{line}': it must be CONTENT STYLE", file=sys.stderr)
     with ray.init(**here):
-        task = ray.remote(num_cpus=1, max_calls=1)(paint)
-        running, failed = {}, 0
-        for number, line in enumerate(arguments.jobs.read_text().splitlines(), 1):
-            content, style = (str(Path(path).resolve()) for path in line.split())
-            out = str((arguments.results / f"{number}.png").resolve())
-            running[task.remote(content, style, out, threads, options)] = line
+        task = ray.remote(num_cpus=threads, max_calls=1, max_retries=1)(paint)
+        running = {task.remote(*paths, threads, options): line for line, *paths in jobs}  # type: ignore[call-arg]
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
             line = running.pop(done)
             try:
                 print(ray.get(done), flush=True)
-            except ray.exceptions.RayTaskError as error:
+            except ray.exceptions.RayError as error:  # also of a worker that died
                 failed += 1
-                print(f"failed: {line}: {error.cause}", file=sys.stderr)
+                print(f"failed: {line}: {getattr(error, 'cause', None) or error}", file=sys.stderr)
     return 1 if failed else 0
 
 

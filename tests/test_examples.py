@@ -1,5 +1,6 @@
 """The programs in examples/, run as their texts say."""
 
+import shutil
 import subprocess
 import sys
 
@@ -12,13 +13,20 @@ import deepstyle
 
 def test_ray_paints_a_list_of_pictures_with_two_workers(picture_files, tmp_path):
     content, style = picture_files
-    (tmp_path / "jobs.txt").write_text(f"{content} {style}\n{content} {content}\nnone.jpg {style}\n")
+    spaced = tmp_path / "a content.png"
+    shutil.copy(content, spaced)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "6.png").write_text("done already")
+    lines = [f"{content} {style}", f"'{spaced}' {content}", f"none.jpg {style}", "", "one.png", f"{content} {style}"]
+    (tmp_path / "jobs.txt").write_text("\n".join(lines))
     script = IMAGES.parent / "examples" / "many_pictures.py"
     flags = ["--workers", "2", "--image_size", "32", "--num_iter", "1", "--weights", "random"]
     command = [sys.executable, str(script), "jobs.txt", "results", *flags]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 1, ended.stderr
     assert f"failed: none.jpg {style}: cannot read the picture" in ended.stderr
+    assert "line 5, 'one.png': it must be CONTENT STYLE" in ended.stderr
+    assert (tmp_path / "results" / "6.png").read_text() == "done already"
     assert sorted(ended.stdout.split()) == [str(tmp_path / "results" / f"{n}.png") for n in (1, 2)]
     for number, pair in ((1, picture_files), (2, [content, content])):
         pictures = (deepstyle.read_picture(path)[0] for path in pair)

@@ -117,7 +117,8 @@ def have(monkeypatch, gigabytes, gpu=0):
 
 
 def test_free_memory_is_the_least_of_what_machine_cgroup_and_user_allow(monkeypatch):
-    files = {"/proc/meminfo": "MemTotal: 99 kB\nMemAvailable:    4000000 kB\n", "/sys/fs/cgroup/memory.max": "max\n"}
+    own = "/sys/fs/cgroup/jobs/7/memory."
+    files = {"/proc/self/cgroup": "0::/jobs/7\n"}
 
     def read_text(path):
         if str(path) in files:
@@ -125,8 +126,14 @@ def test_free_memory_is_the_least_of_what_machine_cgroup_and_user_allow(monkeypa
         raise FileNotFoundError
 
     monkeypatch.setattr(memory.Path, "read_text", read_text)
+    available = type("Memory", (), {"available": 4_096_000_000})
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: available)
+    monkeypatch.setattr(memory.subprocess, "run", lambda command, **options: type("Said", (), {"stdout": ""}))
     assert free_memory(0.0) == (4_096_000_000, 0)
-    files["/sys/fs/cgroup/memory.max"] = "3000000000\n"
+    files |= {f"{own}max": "max\n", f"{own}current": "5\n", f"{own}stat": ""}
+    assert free_memory(0.0) == (4_096_000_000, 0)
+    # What its own cgroup has used already is not free, but for what files have left in memory.
+    files |= {f"{own}max": "3500000000\n", f"{own}current": "900000000\n", f"{own}stat": "inactive_file 400000000\n"}
     assert free_memory(0.0) == (3_000_000_000, 0)
     assert free_memory(2.5) == (2_500_000_000, 0)
     said = type("Said", (), {"stdout": "8000\n16000\n"})

@@ -301,3 +301,29 @@ def test_an_animation_of_a_resumed_run_has_the_pictures_up_to_its_state(picture_
     Image.fromarray(stale).save(tmp_path / "a_at_iteration_4.png")
     assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--resume", "--animation", tmp_path / "a.gif") == 0
     assert Image.open(tmp_path / "a.gif").n_frames == 4  # the start, and three
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_another_run_wrote_is_neither_moved_nor_written_to(picture_files, tmp_path, capsys, resumed):
+    log, events = tmp_path / "a.csv", tmp_path / "events"
+    assert run(picture_files, tmp_path / "a", "--num_iter", 1, "--log", log, "--tensorboard", events) == 0
+    before = log.read_bytes()
+    assert run(picture_files, tmp_path / "b", "--num_iter", 1) == 0
+    for flags in (["--log", log], ["--tensorboard", events]):
+        assert run(picture_files, tmp_path / "b", *flags, *["--resume", "--num_iter", 2] * resumed) == 2
+        assert "is there, and not of a run with this PREFIX" in capsys.readouterr().err
+    assert log.read_bytes() == before
+    assert not (tmp_path / "b_earlier_1").exists()
+
+
+def test_an_earlier_runs_events_are_moved_aside(picture_files, tmp_path):
+    for _ in range(2):
+        assert run(picture_files, tmp_path / "a", "--num_iter", 1, "--tensorboard", tmp_path / "events") == 0
+    assert len(list((tmp_path / "events").iterdir())) == 1
+    assert len(list((tmp_path / "a_earlier_1").glob("events*"))) == 1
+
+
+def test_a_picture_over_pillows_limit_says_how_it_was_made(picture_files, tmp_path, capsys, monkeypatch):
+    assert run(picture_files, tmp_path / "a", "--num_iter", 1) == 0
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert "iteration: 1" in describe(tmp_path / "a_at_iteration_1.png", capsys)
