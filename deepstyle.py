@@ -34,7 +34,7 @@ try:
     from deepstyle_support.backend import describe_device, import_keras, parts_and_gradient
     from deepstyle_support.callbacks import Closed, as_generator
     from deepstyle_support.files import Outputs, base_path
-    from deepstyle_support.memory import SMALLEST, Plan, plan_memory
+    from deepstyle_support.memory import SMALLEST, Plan, held_beside, plan_memory
     from deepstyle_support.messages import Stream, UserError, require_choice, say, tell, words
     from deepstyle_support.pictures import (
         MEAN_BGR,
@@ -936,6 +936,18 @@ def style_sizes(styles: tuple[np.ndarray, ...], size: tuple[int, int], settings:
     return sizes
 
 
+def saved_size(pictures: Pictures, settings: Settings) -> tuple[int, int]:
+    """(rows, columns) of the pictures that are shown and saved."""
+    rows, columns = pictures.content.shape[:2]
+    return (rows, columns) if settings.rescale_image else picture_sizes((rows, columns), settings)[-1]
+
+
+def held_by(pictures: Pictures, settings: Settings, frames: int = 0) -> int:
+    """Bytes that painting them holds beside what is computed, with an animation of so many frames."""
+    coloured, masked = settings.preserve_color == "luma", pictures.color_mask is not None
+    return held_beside(pictures.named().values(), saved_size(pictures, settings), coloured, masked, frames)
+
+
 def finish(x: np.ndarray, content: np.ndarray, settings: Settings, color_mask: np.ndarray | None = None) -> np.ndarray:
     """The picture that is shown for x: rescaled, and with the content's colours where the mask is, if so set.
 
@@ -967,7 +979,7 @@ def paint(
     """
     shaped_by = state.shaped_by if state else what_shapes(pictures, settings, weights)
     sizes = picture_sizes(pictures.content.shape, settings)
-    plan = plan or plan_memory(sizes[-1], settings)
+    plan = plan or plan_memory(sizes[-1], settings, held_by(pictures, settings))
     exact = state is None
     x = state.x if state else start_picture(pictures, sizes[0], settings)
     for size in sizes[sizes.index(state.size) if state else 0 :]:
@@ -1093,9 +1105,9 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """The command: check everything, paint, show and save each iteration. Returns the exit status."""
     pictures = read_inputs(arguments, settings)
     *coarser, size = picture_sizes(pictures.content.shape, settings)
-    plan = plan_memory(size, settings)
     outputs = outputs_of(arguments)
-    outputs.check(input_paths(arguments, settings), size)
+    plan = plan_memory(size, settings, held_by(pictures, settings, settings.num_iter + 1 if outputs.animation else 0))
+    outputs.check(input_paths(arguments, settings), saved_size(pictures, settings))
     weights, source = load_weights(settings.weights, settings.seed, settings.model)
     from rich.console import Console
 

@@ -5,9 +5,11 @@ import contextlib
 import math
 import re
 import subprocess
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import psutil
 
 from .messages import UserError
@@ -30,6 +32,8 @@ class Wishes(Protocol):
     def max_memory(self) -> float: ...
     @property
     def model(self) -> str: ...
+    @property
+    def content_layer(self) -> tuple[str, ...]: ...
 
 
 class Plan(NamedTuple):
@@ -49,23 +53,23 @@ class Plan(NamedTuple):
         return said
 
 
-def plan_memory(size: tuple[int, int], settings: Wishes) -> Plan:
-    """The quickest way to paint a picture of (rows, columns) in the memory that is free.
+def plan_memory(size: tuple[int, int], settings: Wishes, held: float = 0) -> Plan:
+    """The quickest way to paint a picture of (rows, columns) in the memory that is free, less the bytes `held` beside.
 
     The picture is computed as a whole if that fits, and else in the largest tiles that do. Before tiles get smaller
     than 512 pixels, L-BFGS keeps fewer corrections, down to 5. Raises UserError if nothing fits, with the largest size
     that would.
     """
     free, gpu_free = free_memory(settings.max_memory)
-    if plan := way_that_fits(size, settings, free, gpu_free):
-        return plan
+    if plan := way_that_fits(size, settings, free - held, gpu_free):
+        return plan._replace(needed=plan.needed + held, free=free)
 
     def too_large(rows: int) -> bool:
-        return not way_that_fits((rows, max(1, rows * size[1] // size[0])), settings, free, gpu_free)
+        return not way_that_fits((rows, max(1, rows * size[1] // size[0])), settings, free - held, gpu_free)
 
     largest = bisect.bisect(range(1, size[0]), False, key=too_large)
     tile = SMALL_TILE if settings.tile == "auto" else given_tile(settings)
-    needed = sum(needed_memory(size, tile, min(settings.history, FEW_CORRECTIONS), settings.model))
+    needed = held + sum(needed_memory(size, tile, min(settings.history, FEW_CORRECTIONS), *network_of(settings)))
     raise UserError(
         f"{size[0]} x {size[1]} pixels need {needed / 1e9:.1f} GB of memory "
         f"{'or more' if settings.tile == 'auto' else '(--tile auto may need less)'}, {free / 1e9:.1f} GB are free"
@@ -80,7 +84,7 @@ def way_that_fits(size: tuple[int, int], settings: Wishes, free: float, gpu_free
 
     def corrections(tile: int | None) -> float:
         """How many L-BFGS can keep beside tiles of this size, at most as many as are wished for; or less than 0."""
-        computing, rest = needed_memory(size, tile, 0, settings.model)
+        computing, rest = needed_memory(size, tile, 0, *network_of(settings))
         if gpu_free and computing > gpu_free:
             return -1
         room = free - rest - (0 if gpu_free else computing)
@@ -106,7 +110,7 @@ def way_that_fits(size: tuple[int, int], settings: Wishes, free: float, gpu_free
     history = corrections(tile)
     if history < fewest:
         return None
-    computing, rest = needed_memory(size, tile, int(history), settings.model)
+    computing, rest = needed_memory(size, tile, int(history), *network_of(settings))
     needed = rest if gpu_free else computing + rest
     return Plan(tile if tile and tile < side else None, int(history), needed, free)
 
@@ -121,7 +125,18 @@ def bytes_per_correction(size: tuple[int, int]) -> int:
     return 2 * 3 * 8 * math.prod(size)
 
 
-def needed_memory(size: tuple[int, int], tile: int | None, history: int, model: str = "vgg16") -> tuple[float, float]:
+def network_of(settings: Wishes) -> tuple[str, tuple[str, ...]]:
+    """What of the network decides how much memory it needs."""
+    return settings.model, settings.content_layer
+
+
+def needed_memory(
+    size: tuple[int, int],
+    tile: int | None,
+    history: int,
+    model: str = "vgg16",
+    content_layers: Collection[str] = ("conv5_2",),
+) -> tuple[float, float]:
     """Bytes that an evaluation takes at its peak, on the GPU if there is one, and that all else takes.
 
     The numbers are fitted to measured peaks on a CPU (TensorFlow 2.21); benchmarks/speed.py shows both.
@@ -133,10 +148,25 @@ def needed_memory(size: tuple[int, int], tile: int | None, history: int, model: 
     # differ, and what one leaves does not fit the next.
     numbers = computed * sum(channels / stride(name) ** 2 for name, channels in layers.items())
     computing = 150e6 + (12 if tile else 7.6) * numbers
+    # The content's features at early layers are large; they are kept whole, and given to the backend where it computes.
+    targets = 4 * sum(layers[name] / stride(name) ** 2 for name in content_layers)
+    computing += computed * targets
     # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top: 10 on one
     # machine, 12 on another, and one to be sure.
-    rest = 670e6 + 3 * 8 * (5 + 13) * pixels + history * bytes_per_correction(size)
+    rest = 900e6 + 3 * 8 * (5 + 13) * pixels + history * bytes_per_correction(size) + pixels * targets
     return computing, rest
+
+
+def held_beside(inputs: Iterable[np.ndarray], saved: tuple[int, int], coloured: bool, masked: bool, frames: int) -> int:
+    """Bytes that a run holds beside what is computed: its inputs, the picture that is saved, an animation's frames.
+
+    saved: (rows, columns) of the pictures that are saved; coloured, masked: whether they get the content's colours,
+    everywhere or by a mask.
+    """
+    # By a pixel, as measured at 24 megapixels: 10, 21 and 38 bytes. An animation keeps 3 for each frame, and when it is
+    # written takes up to 9 more for each, and about 25 at once.
+    a_pixel = 10 + 11 * coloured + 17 * masked + (12 * frames + 25 if frames else 0)
+    return sum(picture.nbytes for picture in inputs) + math.prod(saved) * a_pixel
 
 
 def free_memory(cap: float) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Pictures of any size in bounded memory: tiles that change nothing, and the plan that chooses them."""
 
+import dataclasses
 import weakref
 
 import numpy as np
@@ -164,10 +165,35 @@ def test_corrections_are_given_up_before_tiles_get_small(monkeypatch):
     assert "keeps 5 corrections instead of 8" in plan.in_words(settings.history)
 
 
+def test_the_plan_counts_what_is_held_beside_the_computing(monkeypatch):
+    have(monkeypatch, 100)
+    size = (500, 500)
+    bare = deepstyle.plan_memory(size, Settings())
+    assert deepstyle.plan_memory(size, Settings(), held=7 * GB).needed == bare.needed + 7 * GB
+    # The content's features at conv1_1, 64 numbers a pixel, once in NumPy and once where they are compared.
+    early = deepstyle.plan_memory(size, Settings(content_layer="conv1_1"))
+    assert early.needed - bare.needed == pytest.approx(2 * 4 * (64 - 512 / 16**2) * 500 * 500)
+    have(monkeypatch, bare.needed / GB + 1)
+    assert deepstyle.plan_memory(size, Settings(), held=0.9 * GB)[:2] == bare[:2]
+    with pytest.raises(deepstyle.UserError, match="GB of memory or more"):
+        deepstyle.plan_memory(size, Settings(), held=bare.needed)
+
+
+def test_inputs_colours_and_frames_at_the_saved_size_are_held_beside():
+    large = smooth_picture(1, 200, 300)
+    pictures = deepstyle.Pictures(large, (large,), color_mask=large)
+    small = Settings(image_size=40, maintain_aspect_ratio=False)
+    inputs = 3 * large.nbytes
+    assert deepstyle.held_by(pictures, small) == inputs + 27 * 40 * 40
+    own_size = dataclasses.replace(small, rescale_image=True, preserve_color=True)
+    assert deepstyle.held_by(pictures, own_size) == inputs + 38 * 200 * 300
+    assert deepstyle.held_by(pictures, own_size, frames=11) == inputs + (38 + 12 * 11 + 25) * 200 * 300
+
+
 def test_tile_can_be_said(monkeypatch):
     have(monkeypatch, 100)
     assert deepstyle.plan_memory((999, 999), Settings(tile="256")).tile == 256
-    have(monkeypatch, 3)
+    have(monkeypatch, 3.2)
     assert deepstyle.plan_memory((999, 999), Settings()).tile
     with pytest.raises(deepstyle.UserError, match="--tile auto may need less"):
         deepstyle.plan_memory((999, 999), Settings(tile="off"))
