@@ -32,6 +32,11 @@ here=$(CDPATH='' cd -- "$(dirname -- "$self")" && pwd)
 venv=$here/.venv
 unfinished=$here/.venv-unfinished # there while an installation is under way
 
+# The interpreter in the environment $1; on Windows (Git Bash) it is in Scripts.
+interpreter_of() {
+    if [ -e "$1/Scripts/python.exe" ]; then printf '%s\n' "$1/Scripts/python.exe"; else printf '%s\n' "$1/bin/python"; fi
+}
+
 # Whether interpreter $1 has every package of requirements.txt, in a version that it allows.
 # It reads the packages' records and imports none, so it answers at once.
 has_packages() {
@@ -52,7 +57,7 @@ supported() {
 
 # Sets $base: the interpreter that .venv is made with.
 find_base() {
-    for base in ${DEEPSTYLE_PYTHON:+"$DEEPSTYLE_PYTHON"} python3 python3.13 python3.12 python3.11 python3.10; do
+    for base in ${DEEPSTYLE_PYTHON:+"$DEEPSTYLE_PYTHON"} python3 python3.13 python3.12 python3.11 python3.10 python; do
         if supported "$base"; then return; fi
         if [ -n "${DEEPSTYLE_PYTHON:-}" ]; then
             say "DEEPSTYLE_PYTHON is '$base', which is no Python 3.10 to 3.13"
@@ -65,8 +70,8 @@ find_base() {
 
 # Whether .venv is finished, has everything, and comes from DEEPSTYLE_PYTHON if that is set.
 venv_is_ready() {
-    [ ! -e "$unfinished" ] && has_packages "$venv/bin/python" || return 1
-    [ -z "${DEEPSTYLE_PYTHON:-}" ] || [ "$(origin "$DEEPSTYLE_PYTHON")" = "$(origin "$venv/bin/python")" ]
+    [ ! -e "$unfinished" ] && has_packages "$(interpreter_of "$venv")" || return 1
+    [ -z "${DEEPSTYLE_PYTHON:-}" ] || [ "$(origin "$DEEPSTYLE_PYTHON")" = "$(origin "$(interpreter_of "$venv")")" ]
 }
 
 origin() { "$1" -c 'import sys; print(sys.base_prefix)' 2>/dev/null; }
@@ -75,7 +80,7 @@ install_packages() {
     if [ -e "$unfinished" ]; then say "an earlier installation was interrupted; it is done again"; fi
     say "installing what deepstyle needs into $venv (once; it takes a few minutes)"
     clear=
-    if [ -e "$unfinished" ] || [ -n "${DEEPSTYLE_PYTHON:-}" ] || ! [ -x "$venv/bin/python" ]; then clear=--clear; fi
+    if [ -e "$unfinished" ] || [ -n "${DEEPSTYLE_PYTHON:-}" ] || ! [ -x "$(interpreter_of "$venv")" ]; then clear=--clear; fi
     : >"$unfinished"
     "$base" -m venv $clear "$venv" || {
         say "'$base -m venv' failed; on Debian and Ubuntu: apt install python3-venv"
@@ -85,7 +90,7 @@ install_packages() {
     extra=
     if nvidia-smi >/dev/null 2>&1; then extra='[and-cuda]'; fi
     sed "s/^tensorflow/&$extra/" "$here/requirements.txt" >"$venv/requirements.txt"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    "$(interpreter_of "$venv")" -m pip install --quiet --disable-pip-version-check \
         -r "$venv/requirements.txt" >&2 || {
         say "the installation failed (see above); the same command tries it again"
         exit 1
@@ -96,13 +101,13 @@ install_packages() {
 
 # Sets $python: an interpreter that has the packages, .venv's if there is no other.
 find_python() {
-    if [ "${DEEPSTYLE_PYTHON:-}" = "$venv/bin/python" ]; then DEEPSTYLE_PYTHON=; fi
-    for python in ${DEEPSTYLE_PYTHON:+"$DEEPSTYLE_PYTHON"} ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"}; do
+    if [ "${DEEPSTYLE_PYTHON:-}" = "$(interpreter_of "$venv")" ]; then DEEPSTYLE_PYTHON=; fi
+    for python in ${DEEPSTYLE_PYTHON:+"$DEEPSTYLE_PYTHON"} ${VIRTUAL_ENV:+"$(interpreter_of "$VIRTUAL_ENV")"}; do
         if has_packages "$python"; then return; fi
     done
     find_base
-    python=$venv/bin/python
     if ! venv_is_ready; then install_packages; fi
+    python=$(interpreter_of "$venv")
 }
 
 # Sets $picture: $1 as given, or else the picture of that name under images/.

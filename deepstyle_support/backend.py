@@ -12,12 +12,15 @@ import numpy as np
 
 from .messages import UserError, require_choice
 
+BACKENDS = ("tensorflow", "jax", "torch")
+
 
 def import_keras() -> ModuleType:
     """Keras on its backend, loaded only when there is something to compute: it takes seconds."""
     if "keras" not in sys.modules:
-        backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-        require_choice("KERAS_BACKEND", backend, ("tensorflow", "jax", "torch"))
+        asked = os.environ.get("KERAS_BACKEND")
+        if asked:  # else Keras's own settings say it, and if they do not, it is TensorFlow
+            require_choice("KERAS_BACKEND", asked, BACKENDS)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         # TensorFlow uses oneDNN by itself only on CPUs with AVX-512 VNNI; measured on one with
         # AVX2, an evaluation takes 0.75 of the time with it, and 0.8 of the memory.
@@ -29,9 +32,14 @@ def import_keras() -> ModuleType:
             with silenced_stderr():  # what TensorFlow says before it has read its log level
                 importlib.import_module("keras")
         except Exception as error:  # a backend that is unknown, not installed, or broken
-            if backend == "tensorflow":
+            if asked == "tensorflow":
                 raise
-            raise UserError(f"Keras cannot use KERAS_BACKEND={backend}: {error}; unset it for TensorFlow") from error
+            told = f"KERAS_BACKEND={asked}" if asked else "the backend of its keras.json"
+            raise UserError(
+                f"Keras cannot use {told}: {error}; KERAS_BACKEND=tensorflow is what run.sh installs"
+            ) from error
+        if not asked:
+            require_choice("the backend of Keras's keras.json", sys.modules["keras"].backend.backend(), BACKENDS)
     return sys.modules["keras"]
 
 

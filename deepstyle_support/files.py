@@ -29,7 +29,7 @@ def base_path(prefix: str) -> Path:
 
     Raises UserError if it is empty, or too long for a file's name.
     """
-    base = Path(prefix, "result_image") if prefix.endswith("/") or os.path.isdir(prefix) else Path(prefix)
+    base = Path(prefix, "result_image") if prefix.endswith(("/", os.sep)) or os.path.isdir(prefix) else Path(prefix)
     if not 0 < len(os.fsencode(base.name)) <= 200:  # most systems allow 255, and something comes behind it
         raise UserError(f"PREFIX is '{prefix}'; the name that files begin with must have 1 to 200 bytes")
     return base

@@ -96,3 +96,14 @@ def test_another_type_in_keras_json_changes_nothing(picture_files, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
     ended = subprocess.run(command, env=environment | {"KERAS_HOME": str(tmp_path)}, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_backend_in_keras_json_that_does_not_serve_is_one_line(picture_files, tmp_path):
+    (tmp_path / "keras.json").write_text('{"backend": "numpy"}')
+    command = [sys.executable, str(SCRIPT), *picture_files, str(tmp_path / "a"), "--weights", "random"]
+    environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    ended = subprocess.run(command, env=environment | {"KERAS_HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert "the backend of Keras's keras.json is 'numpy'; it must be one of tensorflow, jax, torch" in ended.stderr
+    assert list(tmp_path.glob("a*")) == []

@@ -1,6 +1,8 @@
 """The command line: flags, messages, exit statuses, files."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -158,3 +160,21 @@ def read_available(descriptor):
     while select.select([descriptor], [], [], 0)[0]:
         read += os.read(descriptor, 65536)
     return read
+
+
+def test_a_prefix_is_shown_as_it_is(picture_files, tmp_path, capsys):
+    assert deepstyle.main([*picture_files, str(tmp_path / ":cat:[red]"), *SMALL]) == 0
+    assert f"{tmp_path}/:cat:[red]_at_iteration_2.png" in capsys.readouterr().out
+
+
+def test_what_windows_does_not_have_is_done_without(picture_files, tmp_path, monkeypatch):
+    monkeypatch.delattr(signal, "SIGHUP")
+    for name in ("sysconf", "getuid", "fork", "mkfifo", "ttyname", "uname"):
+        monkeypatch.delattr(os, name)
+    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *SMALL]) == 0
+    assert (tmp_path / "a_at_iteration_2.png").exists()
+
+
+def test_a_prefix_that_ends_in_the_systems_own_separator_is_a_folder(monkeypatch):
+    monkeypatch.setattr(os, "sep", "\\")
+    assert deepstyle.base_path("out\\").name == "result_image"

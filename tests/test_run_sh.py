@@ -18,7 +18,7 @@ case "$1 ${2:-}" in
     "-c "*base_prefix*) echo "${BASE:-base}" ;;
     "-c "*) exit "${UNSUPPORTED:-0}" ;;
     "- "*) [ -e "$here/has_packages" ] ;;
-    "-m venv") for last; do :; done; mkdir -p "$last/bin"; cp "$0" "$last/bin/python" ;;
+    "-m venv") for last; do :; done; own=$last/${OWN:-bin/python}; mkdir -p "${own%/*}"; cp "$0" "$own" ;;
     "-m pip") [ -z "${PIP_FAILS:-}" ] && : >"$here/has_packages" ;;
     *) echo "ran: $*"; exit "${STATUS:-0}" ;;
 esac
@@ -50,6 +50,16 @@ def run(clone, *arguments, **environment):
     command = ["sh", str(clone / "run.sh"), *arguments]
     ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return ended.returncode, ended.stdout, ended.stderr, log.read_text()
+
+
+def test_an_environment_of_windows_is_used_as_well(clone):
+    windows = {"OWN": "Scripts/python.exe"}
+    assert run(clone, "a.jpg", "b.jpg", **windows)[0] == 0
+    status, out, err, _ = run(clone, "a.jpg", "b.jpg", **windows)
+    assert status == 0
+    assert f"ran: {clone}/deepstyle.py" in out
+    assert "installing" not in err
+    assert ".venv/Scripts/python.exe" in run(clone, "--setup", **windows)[1]
 
 
 def test_first_use_installs_and_later_uses_start_at_once(clone):

@@ -239,3 +239,14 @@ def test_a_file_that_cannot_be_read_for_a_moment_is_not_called_damaged(cut_off, 
     with contextlib.suppress(deepstyle.UserError):
         deepstyle.load_weights()
     assert not list(models.glob("*.damaged"))
+
+
+def test_without_a_home_folder_the_temporary_one_is_looked_in(cut_off, stand_ins, untrained, tmp_path, monkeypatch):
+    monkeypatch.delenv("KERAS_HOME")
+    monkeypatch.setattr(weights_module.os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(weights_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / ".keras" / "models").mkdir(parents=True)
+    shutil.copy(stand_ins / KERAS_FILE, tmp_path / ".keras" / "models")
+    weights, source = deepstyle.load_weights()
+    assert_same(weights, untrained)
+    assert str(tmp_path) in source
