@@ -1,16 +1,28 @@
 """What several test files share: an untrained network, small pictures, and files of them."""
 
+import gc
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
+import deepstyle
 from deepstyle_support.pictures import resize
 from deepstyle_support.weights import random_weights
 
 IMAGES = Path(__file__).parent.parent / "images"
 SMALL = ["--weights", "random", "--image_size", "32", "--num_iter", "2"]
+
+
+@pytest.fixture(autouse=True)
+def memory_within_bounds():
+    """Let go of compiled losses before they fill a worker: each test has others, in other sizes."""
+    yield
+    if psutil.Process().memory_info().rss > 1.4e9:
+        deepstyle.compiled.cache_clear()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
