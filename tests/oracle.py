@@ -35,7 +35,7 @@ def features(x, weights, pool_type, padding="zeros"):
             x = pool(x, pool_type)
         for layer in range(1, depth + 1):
             name = f"conv{block}_{layer}"
-            x = np.maximum(convolve(x, *weights[name], padding), 0)
+            x = np.maximum(convolve(x, *weights[name], padding=padding), 0)
             found[name] = x
     return found
 
