@@ -33,6 +33,7 @@ try:
 
     from deepstyle_support.backend import describe_device, import_keras, parts_and_gradient
     from deepstyle_support.callbacks import Closed, as_generator
+    from deepstyle_support.convolution import Kernel, convolve, kernel_on_device
     from deepstyle_support.files import Outputs, base_path
     from deepstyle_support.memory import SMALLEST, Plan, held_beside, plan_memory
     from deepstyle_support.messages import Stream, UserError, require_choice, say, tell, words
@@ -45,6 +46,7 @@ try:
         mask_on_grid,
         match_colours,
         read_picture,
+        recolour,
         resize,
         to_input_space,
         with_colours_of,
@@ -99,7 +101,7 @@ class Settings:
 
     image_size: int = setting(400, "the picture", "ROWS", "rows of the generated picture")
     maintain_aspect_ratio: bool = setting(True, "the picture", "BOOL", "columns as in the content; False: as rows")
-    init_image: str = setting("content", "the picture", "START", "content, noise, gray, or a picture's path")
+    init_image: str = setting("content", "the picture", "START", "content, recolored, noise, gray, or a picture's path")
     preserve_color: bool | str = setting(False, "the picture", "HOW", "the content's colours: luma (True) or match")
     rescale_image: bool = setting(False, "the picture", "BOOL", "save at the content picture's own size")
     rescale_method: str = setting("bilinear", "the picture", "METHOD", "nearest, bilinear, bicubic or cubic")
@@ -115,6 +117,7 @@ class Settings:
     total_variation_weight: float = setting(1e-5, "the style", "W", "how much smoothness counts")
     model: str = setting("vgg16", "the network", "MODEL", "vgg16 or vgg19")
     pool_type: str = setting("ave", "the network", "TYPE", "pooling: ave or max")
+    padding: str = setting("zeros", "the network", "HOW", "beyond the border: zeros, or the edge's own values")
     weights: str | None = setting(
         None, "the network", "FILE", "a file, or random; else they are found or fetched", shapes=False
     )
@@ -122,6 +125,7 @@ class Settings:
         10, "the optimisation", "N", f"iterations of {EVALUATIONS_PER_ITERATION} evaluations", shapes=False
     )
     scales: int = setting(1, "the optimisation", "N", "paint in N sizes, each twice the one before")
+    coarse_iter: tuple[int, ...] = setting((5,), "the optimisation", "N", "iterations at each size but the last")
     min_improvement: float = setting(
         0.0, "the optimisation", "PERCENT", "stop when an iteration brings less", shapes=False
     )
@@ -145,7 +149,7 @@ class Settings:
                     if len({*value}) < len(value):
                         raise UserError(f"--{field.name} names a layer twice: {words(value)}")
                 put(field.name, value)
-            least = 1 if field.name in ("image_size", "num_iter", "scales", "history") else 0
+            least = 1 if field.name in ("image_size", "num_iter", "scales", "coarse_iter", "history") else 0
             for one in value if isinstance(value, tuple) else (value,):
                 if isinstance(one, int | float) and not least <= one < math.inf:
                     raise UserError(f"--{field.name} is {one}; it must be {least} or more, and finite")
@@ -156,12 +160,19 @@ class Settings:
         require_choice("--content_loss_type", self.content_loss_type, (0, 1, 2))
         require_choice("--style_fit", self.style_fit, ("stretch", "keep"))
         require_choice("--pool_type", self.pool_type, ("ave", "max"))
+        require_choice("--padding", self.padding, ("zeros", "edge"))
         if self.tile not in ("auto", "off") and not (re.fullmatch("[0-9]+", self.tile) and int(self.tile) >= 16):
             raise UserError(f"--tile is '{self.tile}'; it must be auto, off, or a number of pixels from 16 on")
         if len(self.style_layer_weights) not in (1, len(self.style_layers)) or not sum(self.style_layer_weights):
             raise UserError(
                 f"--style_layer_weights are {words(self.style_layer_weights)}; there must be one, or one for each of "
                 f"the {len(self.style_layers)} --style_layers, and not all 0"
+            )
+
+        if len(self.coarse_iter) not in (1, self.scales - 1):
+            raise UserError(
+                f"--coarse_iter has {len(self.coarse_iter)} numbers ({words(self.coarse_iter)}); with --scales "
+                f"{self.scales} there are {self.scales - 1} coarse sizes: give one number, or one for each"
             )
 
     def decisive(self) -> dict[str, str]:
@@ -259,35 +270,10 @@ def command_line() -> Parser:
 # ----------------------------------------------------------------------------------- network
 
 
-def on_device(weights: Weights) -> dict[str, tuple]:
-    """The backend's tensors of each layer: its kernel, that kernel flipped as `convolve` needs it, its bias."""
-    ops = import_keras().ops
-    tensors = {}
-    for name, (kernel, bias) in weights.items():
-        kernel = ops.convert_to_tensor(kernel)
-        tensors[name] = kernel, ops.transpose(ops.flip(kernel, (0, 1)), (0, 1, 3, 2)), ops.convert_to_tensor(bias)
-    return tensors
-
-
-def convolve(x: Tensor, kernel: Tensor, flipped: Tensor) -> Tensor:
-    """The convolution of x with stride 1 and zero padding. x: (1, H, W, in), kernel: (3, 3, in, out).
-
-    A convolution is a transposed convolution with the kernel flipped in space and its channels swapped, and its
-    gradient is one with the kernel itself. Both are written so because TensorFlow's forward convolution takes a slow
-    path on CPUs for weights that are not constants of the graph: measured at 400 x 533, an evaluation takes 0.7 of the
-    time this way.
-    """
-    ops = import_keras().ops
-    transposed = functools.partial(ops.conv_transpose, strides=1, padding="same", data_format="channels_last")
-
-    @ops.custom_gradient
-    def convolution(x: Tensor) -> tuple[Tensor, Callable]:
-        def gradient(*args: Tensor, upstream: Tensor = None) -> Tensor:
-            return transposed(args[0] if upstream is None else upstream, kernel)
-
-        return transposed(x, flipped), gradient
-
-    return convolution(x)
+def on_device(weights: Weights, padding: str) -> dict[str, tuple[Kernel, Tensor]]:
+    """The backend's tensors of each layer: its kernel as `convolve` needs it, its bias."""
+    to_tensor = import_keras().ops.convert_to_tensor
+    return {name: (kernel_on_device(kernel, padding), to_tensor(bias)) for name, (kernel, bias) in weights.items()}
 
 
 def features(
@@ -301,12 +287,12 @@ def features(
     ops = import_keras().ops
     pool = {"ave": ops.average_pool, "max": ops.max_pool}[pool_type]
     x = x[None]
-    for name, (kernel, flipped, bias) in weights.items():
+    for name, (kernel, bias) in weights.items():
         if name > max(layers, default=""):
             break
         if name.endswith("_1") and name != "conv1_1":
             x = pool(x, 2, strides=2, data_format="channels_last")
-        x = ops.relu(convolve(x, kernel, flipped) + bias)
+        x = ops.relu(convolve(x, kernel) + bias)
         if name in layers:
             yield name, x[0]
 
@@ -518,10 +504,10 @@ class TileLosses:
         masks: dict[Place, np.ndarray],
         size: tuple[int, int],
         weights: Weights,
-        pool_type: str,
+        settings: Settings,
     ):
-        self.losses, self.masks, self.size, self.pool_type = tuple(losses), masks, size, pool_type
-        self.weights = on_device(weights)
+        self.losses, self.masks, self.size, self.pool_type = tuple(losses), masks, size, settings.pool_type
+        self.weights = on_device(weights, settings.padding)
         self.content_targets: dict[str, np.ndarray] = {}  # {layer: (h, w, C)}, in NumPy: not on a GPU
         self.style_targets: dict[str, Any] = {}
 
@@ -622,7 +608,7 @@ class Objective:
         masks = pictures.masks()
         losses = weighted_losses(settings, self.size, len(pictures.styles), masks)
         placed = masks_at_places(losses, masks, self.size)
-        self.of_tile = TileLosses(losses, placed, self.size, weights, settings.pool_type)
+        self.of_tile = TileLosses(losses, placed, self.size, weights, settings)
         self.of_tile.aim(self._content_targets(to_input_space(content)), self._style_targets(pictures.styles))
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -877,7 +863,7 @@ def as_styles(style: np.ndarray | list[np.ndarray]) -> tuple[np.ndarray, ...]:
 
 def read_start(settings: Settings, allow_large: bool = False) -> np.ndarray | None:
     """The picture that --init_image names. Raises UserError if it is none, nor one of the words that it takes."""
-    known = ("content", "noise", "gray")
+    known = ("content", "recolored", "noise", "gray")
     if settings.init_image in known:
         return None
     if not os.path.exists(settings.init_image):
@@ -982,19 +968,23 @@ def paint(
     plan = plan or plan_memory(sizes[-1], settings, held_by(pictures, settings))
     exact = state is None
     x = state.x if state else start_picture(pictures, sizes[0], settings)
+    totals = iterations_at_sizes(sizes, settings)
     for size in sizes[sizes.index(state.size) if state else 0 :]:
         if x.shape[:2] != size:
             x = enlarge(x.astype(np.float32), size)
         if not state:
             state = State(x, np.empty((0, 4)), shaped_by, 0, False)
         watch = functools.partial(on_evaluation, size)
-        at_size = objective_at(size, pictures, settings, weights, plan.tile), state, settings, size == sizes[-1]
-        for reached in iterations_at(*at_size, watch, stop, plan.history):
+        objective, full = objective_at(size, pictures, settings, weights, plan.tile), size == sizes[-1]
+        for reached in iterations_at(objective, state, settings, full, totals[size], watch, stop, plan.history):
             x = reached.state.x
-            shown = x if size == sizes[-1] else enlarge(x.astype(np.float32), sizes[-1])
+            shown = x if full else enlarge(x.astype(np.float32), sizes[-1])
+            picture = finish(shown, pictures.content, settings, pictures.color_mask)
+            as_it_is = dataclasses.replace(settings, rescale_image=False)
             yield reached._replace(
-                picture=finish(shown, pictures.content, settings, pictures.color_mask),
-                exact=exact and not reached.state.partial and size == sizes[-1],
+                picture=picture,
+                own_size=picture if full else finish(x, pictures.content, as_it_is, pictures.color_mask),
+                exact=exact and not reached.state.partial,
             )
         if stop():
             return
@@ -1006,12 +996,13 @@ def iterations_at(
     state: State,
     settings: Settings,
     full: bool,
+    most: int,
     on_evaluation: Callable[[int, float], None],
     stop: Callable[[], bool],
     history: int,
 ) -> Iterator[Iteration]:
-    """The iterations at one size, going on from `state`; their pictures are not made yet. `full`: not a coarse size."""
-    losses, most = list(state.losses), settings.num_iter if full else coarse_iterations(settings)
+    """At most so many iterations at one size, from `state`; their pictures are not made yet. `full`: no coarse size."""
+    losses = list(state.losses)
     if state.iteration >= most:
         return
     clock, given = time.perf_counter(), state.evaluations
@@ -1030,7 +1021,8 @@ def iterations_at(
             improvement = 100 * (before - row[0]) / before if before else 0.0
             yield Iteration(
                 number=number,
-                picture=np.empty((0, 0, 3), np.uint8),
+                picture=(nothing := np.empty((0, 0, 3), np.uint8)),
+                own_size=nothing,
                 loss=row[0],
                 content_loss=row[1],
                 style_loss=row[2],
@@ -1056,32 +1048,44 @@ def what_shapes(pictures: Pictures, settings: Settings, weights: Weights) -> dic
     return shapes
 
 
-def coarse_iterations(settings: Settings) -> int:
-    """The iterations at each size but the last: half as many, rounded up.
+def iterations_at_sizes(sizes: list[tuple[int, int]], settings: Settings) -> dict[tuple[int, int], int]:
+    """How many iterations there are to be at each of the sizes, coarsest first.
 
-    Measured at 200 rows with 3 scales, full size then comes in 35 evaluations to the loss that 200 bring it to without
-    any; after 1, 2, 3 or 10 iterations instead of 5, in 177, 61, 42 or 31. The whole takes least for 3 to 5.
+    Five at each, measured with three scales on four pairs at 256 rows: to the loss that 200 plain evaluations reach it
+    takes 65, 127, 126 and 127, coarse ones counted by their pixels. With 2 it is 74, 166, 129 and 146; with 10, then 5,
+    it is 69, 131, 129 and 128, and less of the photo is left.
     """
-    return math.ceil(settings.num_iter / 2)
+    coarse = settings.coarse_iter * ((len(sizes) - 1) // len(settings.coarse_iter))
+    return dict(zip(sizes, (*coarse, settings.num_iter), strict=True))
 
 
 def objective_at(
     size: tuple[int, int], pictures: Pictures, settings: Settings, weights: Weights, tile: int | None
 ) -> Objective:
     """The objective for the pictures resized for (rows, columns), whole or in tiles."""
+    content, styles = shown_at(size, pictures, settings)
+    masks: dict[str, Any] = {"style_masks": pictures.style_masks, "content_mask": pictures.content_mask}
+    return Objective(content, styles, **masks, **vars(settings) | {"weights": weights, "tile": str(tile or "off")})
+
+
+def shown_at(size: tuple[int, int], pictures: Pictures, settings: Settings) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The content and the styles as the network is shown them for a picture of (rows, columns), uint8 RGB."""
     content = resize(pictures.content, size)
     shapes = style_sizes(pictures.styles, size, settings)
     styles = [resize(style, shape) for style, shape in zip(pictures.styles, shapes, strict=True)]
     if settings.preserve_color == "match":
         styles = [match_colours(style, content) for style in styles]
-    masks: dict[str, Any] = {"style_masks": pictures.style_masks, "content_mask": pictures.content_mask}
-    return Objective(content, styles, **masks, **vars(settings) | {"weights": weights, "tile": str(tile or "off")})
+    return content, styles
 
 
 def start_picture(pictures: Pictures, size: tuple[int, int], settings: Settings) -> np.ndarray:
     """(rows, columns, 3) float in input space."""
     if settings.init_image == "noise":
         return np.random.default_rng(settings.seed).uniform(0, 255, (*size, 3)) - MEAN_BGR
+    if settings.init_image == "recolored":
+        content, styles = shown_at(size, pictures, settings)
+        masks = [mask_on_grid(mask, size) for mask in pictures.style_masks]
+        return to_input_space(recolour(content, styles, weights_of_styles(settings, len(styles)), masks))
     start = pictures.content if pictures.start is None else pictures.start
     if settings.init_image == "gray":
         start = np.asarray(Image.fromarray(start).convert("L").convert("RGB"))
@@ -1106,7 +1110,9 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     pictures = read_inputs(arguments, settings)
     *coarser, size = picture_sizes(pictures.content.shape, settings)
     outputs = outputs_of(arguments)
-    plan = plan_memory(size, settings, held_by(pictures, settings, settings.num_iter + 1 if outputs.animation else 0))
+    totals = iterations_at_sizes([*coarser, size], settings)
+    frames = 1 + sum(totals.values()) if outputs.animation else 0
+    plan = plan_memory(size, settings, held_by(pictures, settings, frames))
     outputs.check(input_paths(arguments, settings), saved_size(pictures, settings))
     weights, source = load_weights(settings.weights, settings.seed, settings.model)
     from rich.console import Console
@@ -1143,8 +1149,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         if coarser and (coarse or not state):
             console.print("first " + ", then ".join(f"{rows} x {columns}" for rows, columns in coarser) + " pixels")
         start = start_picture(pictures, size, settings)
-        outputs.begin(lambda: finish(start, pictures.content, settings, pictures.color_mask), done)
-        totals = {at: coarse_iterations(settings) for at in coarser} | {size: settings.num_iter}
+        outputs.begin(lambda: finish(start, pictures.content, settings, pictures.color_mask), totals, state)
         with signals_as_wishes() as received, progress_bar(console, totals, EVALUATIONS_PER_ITERATION) as on_evaluation:
             iterations = paint(pictures, settings, weights, plan, state, on_evaluation, stop=lambda: bool(received))
             last = save_all(iterations, outputs, totals, console.print)

@@ -85,6 +85,20 @@ def parts_and_gradient(parts: Callable) -> Callable:
     return evaluate
 
 
+def add_to_rows(x: Any, rows: np.ndarray, values: Any) -> Any:
+    """x with values added at the rows, of which none comes twice. x: (n, C), an intermediate result, may be lost."""
+    backend = import_keras().backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.raw_ops.InplaceAdd(x=x, i=rows, v=values)  # its scatter functions copy x
+    if backend == "jax":
+        return x.at[rows].add(values)
+    import torch
+
+    return x.index_add(0, torch.as_tensor(rows, device=x.device), values)
+
+
 def with_tensorflow(summed: Callable) -> Callable:
     import tensorflow as tf
 

@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 from .disk import write_whole
 from .messages import UserError
 from .outputs import Log, csv_log, tensorboard_log, write_animation
-from .pictures import read_picture
+from .pictures import read_picture, resize
 from .records import Iteration, State
 
 
@@ -63,12 +63,13 @@ class Outputs:
     def state_path(self) -> Path:
         return self.base.with_name(f"{self.base.name}_state.npz")
 
-    def picture_path(self, number: int) -> Path:
-        return self.base.with_name(f"{self.base.name}_at_iteration_{number}.png")
+    def picture_path(self, number: int, coarse_size: tuple[int, int] | None = None) -> Path:
+        at = f"{coarse_size[0]}x{coarse_size[1]}_" if coarse_size else ""
+        return self.base.with_name(f"{self.base.name}_at_{at}iteration_{number}.png")
 
     def owns(self, path: Path) -> bool:
         """Whether path is, by its name, a picture or the state of a run with this base."""
-        pattern = re.escape(self.base.name) + r"(_at_iteration_\d+\.png|_state\.npz)"
+        pattern = re.escape(self.base.name) + r"(_at_(\d+x\d+_)?iteration_\d+\.png|_state\.npz)"
         return bool(re.fullmatch(pattern, path.name)) and path.parent.resolve() == self.base.parent.resolve()
 
     # Before the run
@@ -214,14 +215,31 @@ class Outputs:
             loss = float(state.losses[-1][0])
             self._unsaved = lambda: self._write_picture(number, picture(), loss, state.shaped_by, exact=False)
 
-    def begin(self, start: Callable[[], np.ndarray], done: int) -> None:
-        """Open the logs. An animation begins with start(), and the pictures of the `done` iterations before."""
+    def begin(
+        self, start: Callable[[], np.ndarray], totals: dict[tuple[int, int], int], state: State | None = None
+    ) -> None:
+        """Open the logs. An animation begins with start(), and the pictures of the iterations before `state`.
+
+        totals: how many iterations there are to be at each size, (rows, columns), the last being the picture's own.
+        """
         self._logs = [csv_log(self.log)] if self.log else []
         self._logs += [tensorboard_log(self.tensorboard)] if self.tensorboard else []
         if self.animation:
-            paths = (self.picture_path(number) for number in range(1, done + 1))
-            earlier = (read_picture(str(path), allow_large=True)[0] for path in paths if path.exists())
-            self._frames = [start(), *earlier]
+            first = start()
+            paths = self._paths_before(totals, state) if state else []
+            earlier = [read_picture(str(path), allow_large=True)[0] for path in paths if path.exists()]
+            self._frames = [first, *(resize(picture, first.shape[:2], "bicubic") for picture in earlier)]
+
+    def _paths_before(self, totals: dict[tuple[int, int], int], state: State) -> list[Path]:
+        """Where the pictures of the iterations up to `state` are, if they were saved."""
+        paths = []
+        for size, total in totals.items():
+            coarse = None if size == list(totals)[-1] else size
+            done = state.iteration if size == state.size else total
+            paths += [self.picture_path(number, coarse) for number in range(1, done + 1)]
+            if size == state.size:
+                break
+        return paths
 
     def save(self, iteration: Iteration, last: bool) -> Path | None:
         """Write an iteration's picture, unless --every leaves it out, its state and its logs; returns the path.
@@ -229,22 +247,26 @@ class Outputs:
         Raises UserError, status 1, if the disk does not take it.
         """
         state, path = iteration.state, None
-        # At a coarse size there is only the picture so far, which is written as that before the first iteration.
+        # If the run ends at a coarse size, the picture so far is written as that before the first iteration.
         number, exact = (0, False) if iteration.coarse else (iteration.number, iteration.exact)
         shown = number, iteration.picture, iteration.loss, state.shaped_by, exact
         self._unsaved = lambda: self._write_picture(*shown)
         with advice_to_resume():
-            if not iteration.coarse and (last or iteration.number % self.every == 0):
-                path, self._unsaved = self._unsaved(), None
+            if last or iteration.number % self.every == 0:
+                if iteration.coarse:
+                    own = iteration.number, iteration.own_size, iteration.loss, state.shaped_by, iteration.exact
+                    path = self._write_picture(*own, coarse_size=state.size)
+                else:
+                    path, self._unsaved = self._unsaved(), None
             contents: dict[str, Any] = {"x": np.float32(state.x), "losses": state.losses, "iteration": state.iteration}
             contents |= {"evaluations": state.evaluations, "partial": state.partial}
             contents |= {"shaped_by": json.dumps(state.shaped_by), "extras": json.dumps([*map(str, self._resolved())])}
             write_whole(self.state_path, lambda file: np.savez(file, **contents))
         if not iteration.coarse:
             self.picture_path(0).unlink(missing_ok=True)
-            self._frames += [iteration.picture] if self.animation else []
-            for log in self._logs:
-                log(iteration)
+        self._frames += [iteration.picture] if self.animation else []
+        for log in self._logs:
+            log(iteration)
         return path
 
     def finish(self) -> list[Path]:
@@ -260,15 +282,22 @@ class Outputs:
         return paths
 
     def _write_picture(
-        self, number: int, picture: np.ndarray, loss: float, shaped_by: dict[str, str], exact: bool
+        self,
+        number: int,
+        picture: np.ndarray,
+        loss: float,
+        shaped_by: dict[str, str],
+        exact: bool,
+        coarse_size: tuple[int, int] | None = None,
     ) -> Path:
         """Save it as PNG, with what made it as its text. No metadata of the inputs goes in."""
         made: dict[str, Any] = {"iteration": number, "loss": loss}
+        made |= {"at": f"{coarse_size[0]} x {coarse_size[1]} pixels"} if coarse_size else {}
         made |= {name: value for name, value in shaped_by.items() if name.endswith("SHA-256")}
         text = PngImagePlugin.PngInfo()
         text.add_itxt("Software", f"deepstyle {self.made.get('version', '')}")
         text.add_itxt("deepstyle", json.dumps(made | self.made | {"exact": exact}))
-        path = self.picture_path(number)
+        path = self.picture_path(number, coarse_size)
         write_whole(path, lambda file: Image.fromarray(picture).save(file, format="PNG", pnginfo=text))
         return path
 

@@ -1,5 +1,6 @@
 """What a run writes besides its pictures and state: the log, TensorBoard's events, the animation."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,17 @@ def csv_log(path: Path) -> Log:
     """A function that writes a row of losses for an iteration to the file, behind those of the iterations before it."""
 
     def log(iteration: Iteration) -> None:
-        row = {"iteration": iteration.number, "evaluations": iteration.evaluations, "seconds": iteration.seconds}
+        rows, columns = iteration.state.size
+        row: dict[str, float] = {"rows": rows, "columns": columns, "iteration": iteration.number}
+        row |= {"evaluations": iteration.evaluations, "seconds": iteration.seconds}
         row |= {"loss": iteration.loss, **iteration.parts}
         there = path.read_text(errors="replace").splitlines() if path.exists() else []
-        before = [line for line in there if line.split(",")[0] in map(str, range(1, iteration.number))]
+        if there and there[0].startswith("iteration,"):  # 0.2.0 logged the last size only, and did not say which
+            there = [f"{rows},{columns},{line}" for line in there]
+        matches = [(re.match(r"(\d+),\d+,(\d+),", line), line) for line in there]
+        before = [
+            line for found, line in matches if found and (int(found[1]), int(found[2])) < (rows, row["iteration"])
+        ]
         lines = [",".join(row), *before, ",".join(map(str, row.values())), ""]
         write_whole(path, lambda file: file.write("\n".join(lines).encode()))
 
@@ -33,10 +41,12 @@ def tensorboard_log(folder: Path) -> Log:
     writer = tf.summary.create_file_writer(str(folder))
 
     def log(iteration: Iteration) -> None:
+        rows, columns = iteration.state.size
+        group = f"{rows}x{columns}/" if iteration.coarse else ""  # by what is before the slash
         with writer.as_default(step=iteration.number):
             for name, value in {"loss": iteration.loss, **iteration.parts}.items():
-                tf.summary.scalar(name.replace(" conv", "/conv"), value)  # grouped by what is before the slash
-            tf.summary.image("picture", iteration.picture[None])
+                tf.summary.scalar(group + name.replace(" conv", "/conv"), value)
+            tf.summary.image(f"{group}picture", iteration.own_size[None])
         writer.flush()
 
     return log

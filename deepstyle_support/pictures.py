@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import warnings
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -165,12 +166,61 @@ def match_colours(style: np.ndarray, content: np.ndarray) -> np.ndarray:
     covariance of RGB (Gatys et al. 2016, arXiv 1606.05897, section 5.1).
     """
 
-    def mean_and_roots(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        pixels = picture.reshape(-1, 3).astype(np.float64)
-        variances, axes = np.linalg.eigh(np.cov(pixels.T))
-        # Where the style varies by less than a grey level, that is noise, and would be blown up.
-        root, inverse = np.sqrt(np.maximum(variances, 0)), np.maximum(variances, 1) ** -0.5
-        return pixels.mean(0), axes * root @ axes.T, axes * inverse @ axes.T
+    return with_colours(style, colours(style), colours(content))
 
-    (mean, _, inverse), (wanted, root, _) = mean_and_roots(style), mean_and_roots(content)
-    return np.clip(np.rint((style - mean) @ (root @ inverse).T + wanted), 0, 255).astype(np.uint8)
+
+class Colours(NamedTuple):
+    """Of a picture's RGB values."""
+
+    mean: np.ndarray  # (3,)
+    covariance: np.ndarray  # (3, 3)
+
+
+def colours(picture: np.ndarray, mask: np.ndarray | None = None) -> Colours:
+    """Of a picture, (H, W, 3) uint8, each pixel counting as much as the mask, (H, W, 1) floats, is there."""
+    pixels, counts = picture.reshape(-1, 3).astype(np.float64), None if mask is None else mask.ravel()
+    covariance = np.cov(pixels.T, aweights=counts, ddof=1 if mask is None else 0)  # a mask may leave a single pixel
+    return Colours(np.average(pixels, 0, counts), covariance)
+
+
+def mixture(parts: list[Colours], shares: list[float]) -> Colours:
+    """Those of a picture that holds so much of each part; the shares add up to 1."""
+    mean = sum((share * part.mean for share, part in zip(shares, parts, strict=True)), np.zeros(3))
+    offsets = [part.mean - mean for part in parts]
+    spreads = [part.covariance + np.outer(off, off) for part, off in zip(parts, offsets, strict=True)]
+    return Colours(mean, sum((share * one for share, one in zip(shares, spreads, strict=True)), np.zeros((3, 3))))
+
+
+def with_colours(picture: np.ndarray, own: Colours, wanted: Colours) -> np.ndarray:
+    """The picture with the wanted mean and covariance instead of its own; (H, W, 3) uint8 RGB."""
+
+    def root(covariance: np.ndarray, inverse: bool) -> np.ndarray:
+        variances, axes = np.linalg.eigh(covariance)
+        # Where the picture varies by less than a grey level, that is noise, and would be blown up.
+        roots = np.maximum(variances, 1) ** -0.5 if inverse else np.sqrt(np.maximum(variances, 0))
+        return axes * roots @ axes.T
+
+    change = root(wanted.covariance, inverse=False) @ root(own.covariance, inverse=True)
+    return np.clip(np.rint((picture - own.mean) @ change.T + wanted.mean), 0, 255).astype(np.uint8)
+
+
+def recolour(
+    content: np.ndarray, styles: list[np.ndarray], weights: list[float], masks: list[np.ndarray]
+) -> np.ndarray:
+    """The content with the mean and covariance of the styles' colours, mixed by their weights.
+
+    With masks, (H, W, 1) floats from 0 to 1, each style gives its own region its own colours; where no mask is, the
+    content stays as it is. content, styles: (H, W, 3) uint8 RGB -> the content's shape.
+    """
+    if not sum(weights):
+        return content
+    if not masks:
+        wanted = mixture([colours(style) for style in styles], [weight / sum(weights) for weight in weights])
+        return with_colours(content, colours(content), wanted)
+    shares = [weight * mask for weight, mask in zip(weights, masks, strict=True)]
+    covered = np.minimum(sum(mask for weight, mask in zip(weights, masks, strict=True) if weight), 1.0)
+    recoloured = sum(
+        share * with_colours(content, colours(content, mask), colours(style))
+        for share, mask, style in zip(shares, masks, styles, strict=True)
+    ) / np.maximum(sum(shares), np.finfo(np.float64).tiny)
+    return np.rint(covered * recoloured + (1 - covered) * content).astype(np.uint8)

@@ -44,4 +44,5 @@ def description(path: str, defaults: dict[str, Any]) -> str:
         else "comes close to it, not bit for bit, since the run was stopped on the way"
     )
     lines = [f"{name}: {value}" for name, value in made.items() if isinstance(value, str | float | int)]
-    return "\n".join([*lines, f"this {again}, as its iteration {made['iteration']}:", command])
+    at = f" at {made['at']}" if "at" in made else ""
+    return "\n".join([*lines, f"this {again}, as its iteration {made['iteration']}{at}:", command])

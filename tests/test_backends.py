@@ -20,15 +20,15 @@ import deepstyle
 from deepstyle_support.weights import random_weights
 from test_objective import pictures
 
-for pool_type in ("ave", "max"):
+for kind, pool_type, padding in (("ave", "ave", "zeros"), ("max", "max", "zeros"), ("edge", "ave", "edge")):
     content, style, x = pictures(40, 230)
-    options = {"weights": random_weights(0), "pool_type": pool_type}
+    options = {"weights": random_weights(0), "pool_type": pool_type, "padding": padding}
     for name, objective in (
         ("whole", deepstyle.Objective(content, style, **options)),
         ("tiled", deepstyle.Objective(content, style, tile=112, **options)),
     ):
         loss, gradient = objective(x)
-        np.savez(f"{sys.argv[1]}/{pool_type}_{name}.npz", loss=loss, gradient=gradient)
+        np.savez(f"{sys.argv[1]}/{kind}_{name}.npz", loss=loss, gradient=gradient)
 """
 
 
@@ -49,7 +49,7 @@ def test_loss_and_gradient_agree_across_backends(with_tensorflow, tmp_path, back
     if not importlib.util.find_spec(backend):
         pytest.skip(f"{backend} is not installed")
     subprocess.run([sys.executable, "-c", EVALUATE, str(tmp_path)], env=environment(backend), check=True)
-    for name in ("ave_whole", "ave_tiled", "max_whole", "max_tiled"):
+    for name in ("ave_whole", "ave_tiled", "max_whole", "max_tiled", "edge_whole", "edge_tiled"):
         expected, got = (np.load(folder / f"{name}.npz") for folder in (with_tensorflow, tmp_path))
         assert got["loss"] == pytest.approx(float(expected["loss"]), rel=1e-5)
         difference = np.linalg.norm(got["gradient"] - expected["gradient"])

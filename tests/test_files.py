@@ -139,6 +139,8 @@ def test_resume_of_nothing_is_a_new_run(picture_files, tmp_path, capfd):
         (["--style_weight", "2"], "--style_weight was 1.0 and now is 2.0"),
         (["--content_layer", "conv4_2"], "--content_layer was conv5_2 and now is conv4_2"),
         (["--seed", "1"], "--seed was 0 and now is 1"),
+        (["--padding", "edge"], "--padding was zeros and now is edge"),
+        (["--coarse_iter", "3"], "--coarse_iter was 5 and now is 3"),
         (["--preserve_color"], "--preserve_color was False and now is luma"),
     ],
 )

@@ -235,6 +235,7 @@ def test_a_picture_that_is_missing_is_written_from_the_state(picture_files, tmp_
 
 def test_a_run_that_ends_in_a_coarse_size_goes_on_there(picture_files, tmp_path, monkeypatch, capfd):
     command = [*picture_files, str(tmp_path / "a"), *SMALL, "--image_size", "64", "--scales", "2", "--num_iter", "3"]
+    command += ["--coarse_iter", "2"]
     with monkeypatch.context() as broken:
         failing_at(broken, 30)
         assert deepstyle.main(command) == 1

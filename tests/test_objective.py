@@ -1,11 +1,15 @@
 """Loss and gradient against the float64 oracle."""
 
+from typing import Any, cast
+
 import numpy as np
 import oracle
 import pytest
 from conftest import smooth_picture
 
 import deepstyle
+from deepstyle_support.backend import import_keras, parts_and_gradient
+from deepstyle_support.convolution import convolve, kernel_on_device
 
 WEIGHTS = {"content_weight": 0.025, "style_weight": 1.0, "total_variation_weight": 1e-5}
 ALONE = [{name: WEIGHTS[name] * (name == only) for name in WEIGHTS} for only in WEIGHTS]
@@ -18,12 +22,12 @@ def pictures(rows, columns):
     return content, style, deepstyle.to_input_space(content) + noise
 
 
-def oracle_loss(content, style, network, settings, pool_type="ave", content_layer="conv5_2"):
+def oracle_loss(content, style, network, settings, pool_type="ave", content_layer="conv5_2", padding="zeros"):
     """The function x -> loss of the oracle."""
-    targets = oracle.targets(content, style, network, pool_type)
+    targets = oracle.targets(content, style, network, pool_type, padding)
 
     def loss(x):
-        parts = oracle.losses(x, targets, network, pool_type=pool_type, content_layer=content_layer)
+        parts = oracle.losses(x, targets, network, pool_type=pool_type, padding=padding, content_layer=content_layer)
         names = ("content_weight", "style_weight", "total_variation_weight")
         return sum(settings[name] * part for name, part in zip(names, parts, strict=True))
 
@@ -31,12 +35,13 @@ def oracle_loss(content, style, network, settings, pool_type="ave", content_laye
 
 
 @pytest.mark.parametrize("settings", [WEIGHTS, *ALONE], ids=["all", "content", "style", "variation"])
-@pytest.mark.parametrize("pool_type", ["ave", "max"])
+@pytest.mark.parametrize(("pool_type", "padding"), [("ave", "zeros"), ("max", "zeros"), ("ave", "edge")])
 @pytest.mark.parametrize("size", [(32, 48), (37, 51)], ids=["even", "odd"])
-def test_loss_and_gradient_are_those_of_the_formulas(untrained, size, pool_type, settings):
+def test_loss_and_gradient_are_those_of_the_formulas(untrained, size, pool_type, padding, settings):
     content, style, x = pictures(*size)
-    objective = deepstyle.Objective(content, style, pool_type=pool_type, weights=untrained, **settings)
-    exact = oracle_loss(content, style, untrained, settings, pool_type)
+    options = {"pool_type": pool_type, "padding": padding, "weights": untrained, **settings}
+    objective = deepstyle.Objective(content, style, **options)
+    exact = oracle_loss(content, style, untrained, settings, pool_type, padding=padding)
     loss, gradient = objective(x)
     assert loss == pytest.approx(exact(x), rel=1e-4)
     assert gradient.shape == x.shape
@@ -108,7 +113,7 @@ def test_targets_are_computed_once_and_no_layer_below_the_need_is_built(untraine
     # One each for the targets, and one tracing of the loss that three evaluations share.
     assert asked == [{"conv5_2"}, set(deepstyle.STYLE_LAYERS), {"conv5_2", *deepstyle.STYLE_LAYERS}]
     shallow = {name: objective.of_tile.weights[name] for name in ("conv1_1", "conv1_2", "conv2_1")}
-    shallow["conv2_2"] = (None, None, None)  # not to be computed
+    shallow["conv2_2"] = (cast(Any, None), None)  # not to be computed
     assert set(dict(features(deepstyle.to_input_space(content), shallow, ["conv2_1"], "ave"))) == {"conv2_1"}
 
 
@@ -116,3 +121,30 @@ def test_what_is_no_picture_is_refused(untrained):
     content, style, _ = pictures(32, 32)
     with pytest.raises(deepstyle.UserError, match=r"the style picture's shape is \(32, 32\); it must be \(H, W, 3\)"):
         deepstyle.Objective(content, style[..., 0], weights=untrained)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (5, 3)])
+def test_a_convolution_continues_the_picture_by_its_edge_and_so_does_its_gradient(size):
+    draw = np.random.default_rng(0).normal
+    x, kernel = np.float32(draw(size=(1, *size, 4))), np.float32(draw(size=(3, 3, 4, 6)))
+    upstream = np.float32(draw(size=(*size, 6)))
+    tensors = kernel_on_device(kernel, "edge")
+    expected = oracle.convolve(x[0].astype(np.float64), kernel, 0, "edge")
+    np.testing.assert_allclose(convolve(x, tensors)[0], expected, atol=1e-5)
+
+    def summed(x):
+        return {"sum": import_keras().ops.sum(convolve(x, tensors)[0] * upstream)}
+
+    _, gradient = parts_and_gradient(summed)(x)
+    units = np.eye(x.size).reshape(-1, *x.shape[1:])  # it is linear, so the slopes are the values at the units
+    slopes = [(oracle.convolve(unit, kernel, 0, "edge") * upstream).sum() for unit in units]
+    np.testing.assert_allclose(gradient.ravel(), slopes, atol=1e-5)
+
+
+def test_a_flat_picture_is_flat_to_its_border_with_edge_padding_only(untrained):
+    flat = np.full((40, 48, 3), 90, np.uint8)
+    for padding in ("zeros", "edge"):
+        weights = deepstyle.on_device(untrained, padding)
+        found = dict(deepstyle.features(deepstyle.to_input_space(flat), weights, ["conv3_1"], "ave"))
+        f = np.asarray(found["conv3_1"])
+        assert np.allclose(f, f[5, 5], rtol=1e-3, atol=1e-3 * f.max()) == (padding == "edge")

@@ -241,8 +241,8 @@ def watched_run(untrained, stop_at=math.inf, num_iter=1, **options):
     return list(iterations), told
 
 
-def test_coarse_sizes_have_half_the_iterations(untrained):
-    (*_, iteration), told = watched_run(untrained, scales=2, num_iter=3)
+def test_coarse_sizes_have_their_own_iterations(untrained):
+    (*_, iteration), told = watched_run(untrained, scales=2, num_iter=3, coarse_iter=2)
     (coarse, first), (fine, second) = (
         (size, [count for *_, count, _ in news]) for size, news in itertools.groupby(told, lambda news: news[0])
     )
@@ -252,6 +252,19 @@ def test_coarse_sizes_have_half_the_iterations(untrained):
         assert 20 * iterations <= len(counts) <= 20 * iterations + 5
     assert iteration.number == 3
     assert iteration.picture.shape == (64, 80, 3)
+
+
+def test_coarse_iter_is_one_number_for_all_coarse_sizes_or_one_for_each():
+    sizes = [(32, 40), (64, 80), (128, 160)]
+    for given, expected in ((4, [4, 4, 10]), ((20, 5), [20, 5, 10])):
+        totals = deepstyle.iterations_at_sizes(sizes, Settings(scales=3, coarse_iter=given))
+        assert (list(totals), list(totals.values())) == (sizes, expected)
+    assert deepstyle.iterations_at_sizes(sizes[:1], Settings()) == {sizes[0]: 10}
+    said = r"--coarse_iter has 3 numbers \(3 2 1\); with --scales 3 there are 2 coarse sizes"
+    with pytest.raises(deepstyle.UserError, match=said):
+        Settings(scales=3, coarse_iter=(3, 2, 1))
+    with pytest.raises(deepstyle.UserError, match="--coarse_iter is 0; it must be 1 or more"):
+        Settings(scales=2, coarse_iter=0)
 
 
 def test_each_size_starts_from_the_coarser_result(untrained):
@@ -265,6 +278,7 @@ def test_stop_at_a_coarse_size_gives_what_there_is_enlarged(untrained):
     (iteration,), told = watched_run(untrained, stop_at=5, scales=2)
     assert iteration.coarse
     assert iteration.picture.shape == (64, 80, 3)
+    assert iteration.own_size.shape == (32, 40, 3)
     assert iteration.state.size == (32, 40)
     assert (iteration.state.partial, iteration.state.evaluations) == (True, 5)
     assert [size for size, *_ in told] == [(32, 40)] * 5
@@ -280,7 +294,7 @@ def enough(told):
 
 def test_however_often_a_run_is_stopped_its_evaluations_are_done(untrained):
     pictures = deepstyle.Pictures(smooth_picture(1, 64, 80), (smooth_picture(2, 40, 32),))
-    settings, state, numbers, evaluations = Settings(image_size=64, num_iter=2, scales=2), None, [], []
+    settings, state, numbers, evaluations = Settings(image_size=64, num_iter=2, scales=2, coarse_iter=1), None, [], []
     for _ in range(30):
         told: list[tuple] = []
         watch = {"on_evaluation": functools.partial(note, told), "stop": functools.partial(enough, told)}
@@ -294,7 +308,7 @@ def test_however_often_a_run_is_stopped_its_evaluations_are_done(untrained):
     assert sorted(set(numbers)) == [(False, 1), (False, 2), (True, 1)]
     assert numbers == sorted(numbers, key=lambda number: (not number[0], number[1]))
     assert 40 <= evaluations[-1] <= 45
-    (*_, unbroken), _ = watched_run(untrained, scales=2, num_iter=2)
+    (*_, unbroken), _ = watched_run(untrained, scales=2, num_iter=2, coarse_iter=1)
     assert iteration.loss < 2 * unbroken.loss  # what is learnt of the curvature is lost at each stop
 
 

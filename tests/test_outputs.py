@@ -18,7 +18,7 @@ from PIL import Image
 import deepstyle
 from deepstyle import Pictures, Settings
 from deepstyle_support import files
-from deepstyle_support.pictures import from_input_space, match_colours, resize
+from deepstyle_support.pictures import colours, from_input_space, match_colours, resize, with_colours
 from deepstyle_support.provenance import command_again
 
 
@@ -146,7 +146,7 @@ def test_the_log_has_a_row_of_losses_for_each_iteration(picture_files, tmp_path)
     rows = rows_of(path)
     assert [row["iteration"] for row in rows] == ["1", "2"]
     names = ["content conv5_2", *(f"style {layer}" for layer in deepstyle.STYLE_LAYERS), "total variation"]
-    assert list(rows[0]) == ["iteration", "evaluations", "seconds", "loss", *names]
+    assert list(rows[0]) == ["rows", "columns", "iteration", "evaluations", "seconds", "loss", *names]
     with np.load(tmp_path / "a_state.npz") as state:
         for row, losses in zip(rows, state["losses"][1:], strict=True):
             assert float(row["loss"]) == losses[0] == sum(float(row[name]) for name in names)
@@ -156,6 +156,58 @@ def test_the_log_has_a_row_of_losses_for_each_iteration(picture_files, tmp_path)
     assert rows_of(path)[:2] == rows
     assert run(picture_files, tmp_path / "a", "--log", path, "--num_iter", 1) == 0
     assert [row["iteration"] for row in rows_of(path)] == ["1"]
+
+
+COARSE = ["--image_size", 64, "--scales", 2, "--coarse_iter", 3]
+
+
+def test_a_coarse_size_is_saved_logged_and_shown_like_any(picture_files, tmp_path, capsys):
+    log, animation, coarse = tmp_path / "a.csv", tmp_path / "a.gif", "a_at_32x42_iteration"
+    flags = [*COARSE, "--log", log, "--animation", animation]
+    assert run(picture_files, tmp_path / "a", *flags) == 0
+    sizes = [(row["rows"], row["columns"], row["iteration"]) for row in rows_of(log)]
+    assert sizes == [("32", "42", n) for n in "123"] + [("64", "85", n) for n in "12"]
+    assert sorted(path.name for path in tmp_path.glob("a_at_32*")) == [f"{coarse}_{n}.png" for n in (1, 2, 3)]
+    assert pixels(tmp_path / f"{coarse}_3.png").shape == (32, 42, 3)
+    assert imageio.v3.imread(animation, index=...).shape == (6, 64, 85, 3)
+    assert "this makes it again, as its iteration 3 at 32 x 42 pixels:" in describe(
+        tmp_path / f"{coarse}_3.png", capsys
+    )
+    # They belong to the run, and go with it.
+    assert run(picture_files, tmp_path / "a", *flags, "--every", 2) == 0
+    assert len(list((tmp_path / "a_earlier_1").glob("a_at_32x42_iteration_*.png"))) == 3
+    assert sorted(path.name for path in tmp_path.glob("a_at_32*")) == [f"{coarse}_{n}.png" for n in (2, 3)]
+
+
+def test_log_and_animation_go_on_where_a_run_stopped_at_a_coarse_size(picture_files, tmp_path, monkeypatch):
+    flags = [*COARSE, "--log", tmp_path / "a.csv", "--animation", tmp_path / "a.gif"]
+    evaluate, calls = deepstyle.Objective.evaluate, []
+
+    def fail(self, x):
+        calls.append(x)
+        return evaluate(self, x if len(calls) < 50 else np.full_like(x, np.nan))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(deepstyle.Objective, "evaluate", fail)
+        assert run(picture_files, tmp_path / "a", *flags) == 1
+    assert [row["iteration"] for row in rows_of(tmp_path / "a.csv")] == ["1", "2", "3"]  # the last one in part
+    begun = rows_of(tmp_path / "a.csv")
+    assert run(picture_files, tmp_path / "a", *flags, "--resume") == 0
+    rows = rows_of(tmp_path / "a.csv")
+    assert [(row["rows"], row["iteration"]) for row in rows] == [("32", n) for n in "123"] + [("64", n) for n in "12"]
+    assert rows[:2] == begun[:2]
+    assert imageio.v3.imread(tmp_path / "a.gif", index=...).shape == (6, 64, 85, 3)
+
+
+def test_a_log_of_0_2_0_is_gone_on_with(picture_files, tmp_path):
+    path = tmp_path / "a.csv"
+    assert run(picture_files, tmp_path / "a", "--log", path, "--num_iter", 1) == 0
+    path.write_text("\n".join(line.split(",", 2)[2] for line in path.read_text().splitlines()) + "\n")
+    assert run(picture_files, tmp_path / "a", "--log", path, "--resume") == 0
+    assert [(row["rows"], row["columns"], row["iteration"]) for row in rows_of(path)] == [
+        ("32", "42", "1"),
+        ("32", "42", "2"),
+    ]
 
 
 def test_an_earlier_runs_log_and_animation_are_moved_aside_with_its_pictures(picture_files, tmp_path):
@@ -260,9 +312,44 @@ def test_a_run_can_begin_with_grey_or_with_a_picture(picture_files, tmp_path):
     np.testing.assert_array_equal(start, resize(deepstyle.read_picture(picture_files[1])[0], (32, 42)))
 
 
-@pytest.mark.parametrize("start", ["gray", "style.png"])
+def test_recolored_is_the_content_with_the_mixed_colours_of_the_styles():
+    content, one, other = (
+        smooth_picture(1, 60, 50) // 3 + 80,
+        smooth_picture(2, 60, 50) // 4 + 60,
+        smooth_picture(3, 60, 50),
+    )
+    other = other // 4 + 120
+    pictures = Pictures(content, (one, other))
+    settings = Settings(image_size=60, init_image="recolored", style_weight=(3.0, 1.0))
+    start = from_input_space(deepstyle.start_picture(pictures, (60, 50), settings)).reshape(-1, 3).astype(float)
+    mixed = np.concatenate([one.reshape(-1, 3)] * 3 + [other.reshape(-1, 3)]).astype(float)
+    np.testing.assert_allclose(start.mean(0), mixed.mean(0), atol=3)  # what is clipped moves it
+    np.testing.assert_allclose(np.cov(start.T), np.cov(mixed.T), atol=0.1 * np.cov(mixed.T).max())
+    assert np.corrcoef(start.sum(1), content.sum(2).ravel())[0, 1] > 0.5
+
+
+def test_recolored_gives_each_region_the_colours_of_its_own_style():
+    content, one, other = smooth_picture(1, 40, 60), smooth_picture(2, 40, 60) // 2, smooth_picture(3, 40, 60) // 2 + 99
+    left, right = np.zeros((2, 40, 60), np.uint8)
+    left[:, :20], right[:, 20:40] = 255, 255
+    pictures = Pictures(content, (one, other), (left, right))
+    start = from_input_space(
+        deepstyle.start_picture(pictures, (40, 60), Settings(image_size=40, init_image="recolored"))
+    )
+    for part, style in ((slice(0, 20), one), (slice(20, 40), other)):
+        np.testing.assert_array_equal(start[:, part], match_colours_of_region(content[:, part], style))
+    np.testing.assert_array_equal(start[:, 40:], content[:, 40:])  # where no mask is
+
+
+def match_colours_of_region(region, style):
+    """A part of a picture recoloured as a mask does it, which counts all pixels of the part."""
+    mask = np.ones((*region.shape[:2], 1))
+    return with_colours(region, colours(region, mask), colours(style))
+
+
+@pytest.mark.parametrize("start", ["gray", "recolored", "style.png"])
 def test_the_start_decides_what_is_painted(picture_files, tmp_path, start):
-    started = start if start == "gray" else picture_files[1]
+    started = start if start in ("gray", "recolored") else picture_files[1]
     assert run(picture_files, tmp_path / "a", "--num_iter", 1, "--init_image", started) == 0
     assert run(picture_files, tmp_path / "b", "--num_iter", 1) == 0
     assert np.any(pixels(tmp_path / "a_at_iteration_1.png") != pixels(tmp_path / "b_at_iteration_1.png"))
