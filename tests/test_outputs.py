@@ -238,6 +238,19 @@ def test_tensorboard_gets_the_losses_and_the_pictures(picture_files, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), pixels(tmp_path / "a_at_iteration_2.png"))
 
 
+def test_tensorboard_has_each_coarse_size_in_a_group_of_its_own(picture_files, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(picture_files, tmp_path / "a", *COARSE, "--tensorboard", tmp_path / "events") == 0
+    events = EventAccumulator(str(tmp_path / "events"), size_guidance={"tensors": 0})
+    events.Reload()
+    for group, iterations, size in (("32x42/", [1, 2, 3], (42, 32)), ("", [1, 2], (85, 64))):
+        for tag in ("loss", "style/conv1_1", "picture"):
+            assert [event.step for event in events.Tensors(group + tag)] == iterations
+        width, height, *_ = events.Tensors(f"{group}picture")[0].tensor_proto.string_val
+        assert (int(width), int(height)) == size
+
+
 @pytest.mark.parametrize(
     ("flags", "package"), [(["--animation", "a.mp4"], "imageio-ffmpeg"), (["--tensorboard", "events"], "tensorboard")]
 )
