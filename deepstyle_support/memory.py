@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import itertools
 import math
 import re
 import subprocess
@@ -34,6 +35,8 @@ class Wishes(Protocol):
     def model(self) -> str: ...
     @property
     def content_layer(self) -> tuple[str, ...]: ...
+    @property
+    def padding(self) -> str: ...
 
 
 class Plan(NamedTuple):
@@ -125,9 +128,9 @@ def bytes_per_correction(size: tuple[int, int]) -> int:
     return 2 * 3 * 8 * math.prod(size)
 
 
-def network_of(settings: Wishes) -> tuple[str, tuple[str, ...]]:
+def network_of(settings: Wishes) -> tuple[str, tuple[str, ...], str]:
     """What of the network decides how much memory it needs."""
-    return settings.model, settings.content_layer
+    return settings.model, settings.content_layer, settings.padding
 
 
 def needed_memory(
@@ -136,6 +139,7 @@ def needed_memory(
     history: int,
     model: str = "vgg16",
     content_layers: Collection[str] = ("conv5_2",),
+    padding: str = "zeros",
 ) -> tuple[float, float]:
     """Bytes that an evaluation takes at its peak, on the GPU if there is one, and that all else takes.
 
@@ -151,6 +155,9 @@ def needed_memory(
     # The content's features at early layers are large; they are kept whole, and given to the backend where it computes.
     targets = 4 * sum(layers[name] / stride(name) ** 2 for name in content_layers)
     computing += computed * targets
+    if padding == "edge":
+        # Each kernel's outer lines and corners once more, 16 of in x out, and those for the gradient.
+        computing += 4 * 2 * 16 * sum(inputs * outputs for inputs, outputs in itertools.pairwise((3, *layers.values())))
     # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top: 10 on one
     # machine, 12 on another, and one to be sure.
     rest = 900e6 + 3 * 8 * (5 + 13) * pixels + history * bytes_per_correction(size) + pixels * targets

@@ -74,7 +74,10 @@ ROWS = [
     ([*RUN, "--content_layer", "block4_con2"], "--content_layer is 'block4_con2'"),
     ([*RUN, "--content_layer", ""], "--content_layer is ''"),
     ([*RUN, "--pool_type", "avg"], "--pool_type is 'avg'; it must be one of ave, max; did you mean ave?"),
-    ([*RUN, "--init_image", "noisy"], "must be one of content, recolored, noise, gray, a picture's path; did you mean noise?"),
+    (
+        [*RUN, "--init_image", "noisy"],
+        "must be one of content, recolored, noise, gray, a picture's path; did you mean noise?",
+    ),
     ([*RUN, "--rescale_method", "biliner"], "nearest, bilinear, bicubic, cubic; did you mean bilinear?"),
     (
         [*RUN, "--preserve_color", "maybe"],

@@ -180,6 +180,13 @@ def test_the_plan_counts_what_is_held_beside_the_computing(monkeypatch):
         deepstyle.plan_memory(size, Settings(), held=bare.needed)
 
 
+def test_the_plan_counts_the_kernels_lines_that_edge_needs(untrained):
+    kernels = deepstyle.on_device(untrained, "edge").values()
+    lines = [side for kernel, _ in kernels for side in (*kernel.sides, *kernel.flipped_sides)]
+    counted = [needed_memory((64, 64), None, 10, padding=padding)[0] for padding in ("zeros", "edge")]
+    assert counted[1] - counted[0] == sum(4 * np.prod(side.shape) for side in lines)
+
+
 def test_inputs_colours_and_frames_at_the_saved_size_are_held_beside():
     large = smooth_picture(1, 200, 300)
     pictures = deepstyle.Pictures(large, (large,), color_mask=large)
