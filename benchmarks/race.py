@@ -1,25 +1,29 @@
 """This program against the old way and against PyTorch: time to the same loss, as ratios, and a plot.
 
-usage: python benchmarks/race.py [--rows 200] [--num_iter 10] [--json FILE] [--plot FILE.png]
+usage: python benchmarks/race.py [CONTENT STYLE] [--rows 200] [--num_iter 10] [--json FILE] [--plot FILE.png]
 
 All contestants run one after another on the same pictures, weights and loss, each in a process of its own:
 
-- deepstyle: this program; with --scales 3: the same, coarse to fine
+- deepstyle: this program, with no flags but those that are named
 - the old way: content, style and generated picture in one batch of three in every evaluation, and L-BFGS started anew
   after every 20 evaluations, as the scripts do that this program replaces; in TensorFlow, compiled
-- PyTorch: the same loss written plainly, minimised by torch.optim.LBFGS as it comes, if torch is installed
+- PyTorch L-BFGS, PyTorch Adam: the same loss written plainly, minimised by torch.optim's, if torch is installed; Adam
+  with the best of steps of 1, 3 and 10 grey levels
 
 The clock starts when a contestant has its libraries and weights, and runs through its targets and compilation. A loss
 counts if it is that of the picture at full size. The plot needs matplotlib.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,15 +37,11 @@ CONTENT, STYLE, VARIATION = 0.025, 1.0 / 5, 1e-5  # the program's default weight
 LAYERS = (*deepstyle.STYLE_LAYERS, "conv5_2")
 
 
-def pictures() -> tuple[np.ndarray, np.ndarray]:
-    names = ("rocket.jpg", "composition_viii.jpg")
-    return tuple(deepstyle.read_picture(str(FOLDER / "images" / name))[0] for name in names)
-
-
-def resized(rows: int) -> tuple[np.ndarray, np.ndarray]:
-    content, style = pictures()
+def resized(paths: list[str], rows: int) -> list[np.ndarray]:
+    """The content and the style, (H, W, 3) uint8 RGB, as the network is shown them."""
+    content, style = (deepstyle.read_picture(path)[0] for path in paths)
     (size,) = deepstyle.picture_sizes(content.shape, deepstyle.Settings(image_size=rows))
-    return resize(content, size), resize(style, size)
+    return [resize(content, size), resize(style, size)]
 
 
 class Course:
@@ -54,15 +54,15 @@ class Course:
         self.points.append((time.perf_counter() - self.began, float(loss)))
 
 
-def run_deepstyle(rows: int, num_iter: int, scales: int = 1) -> list:
-    settings = deepstyle.Settings(image_size=rows, num_iter=num_iter, scales=scales, tile="off")
-    content, style = pictures()
+def run_deepstyle(paths: list[str], rows: int, num_iter: int, **flags: Any) -> list:
+    settings = deepstyle.Settings(image_size=rows, num_iter=num_iter, tile="off", **flags)
+    content, style = (deepstyle.read_picture(path)[0] for path in paths)
     weights, _ = deepstyle.load_weights()
     import_keras()
     full_size = deepstyle.picture_sizes(content.shape, settings)[-1]
     course = Course()
 
-    def on_evaluation(size, count: int, loss: float) -> None:
+    def on_evaluation(size: tuple[int, int], count: int, loss: float) -> None:
         if size == full_size:
             course.add(loss)
 
@@ -71,16 +71,12 @@ def run_deepstyle(rows: int, num_iter: int, scales: int = 1) -> list:
     return course.points
 
 
-def run_coarse_to_fine(rows: int, num_iter: int) -> list:
-    return run_deepstyle(rows, num_iter, scales=3)
-
-
-def run_old_way(rows: int, num_iter: int) -> list:
+def run_old_way(paths: list[str], rows: int, num_iter: int) -> list:
     import_keras()  # which tells TensorFlow to use oneDNN
     import tensorflow as tf
     from scipy import optimize
 
-    content, style = (deepstyle.to_input_space(picture) for picture in resized(rows))
+    content, style = (deepstyle.to_input_space(picture) for picture in resized(paths, rows))
     weights = {name: (tf.constant(k), tf.constant(b)) for name, (k, b) in deepstyle.load_weights()[0].items()}
     size = content.shape[0] * content.shape[1]
     course = Course()
@@ -121,22 +117,22 @@ def run_old_way(rows: int, num_iter: int) -> list:
     return course.points
 
 
-def run_pytorch(rows: int, num_iter: int) -> list:
+def pytorch_loss(paths: list[str], rows: int) -> tuple[Any, Callable]:
+    """The content as a tensor to start from, (1, 3, H, W), and a function of such a tensor that returns its loss."""
     import torch
     from torch.nn import functional
 
-    def channels_first(picture: np.ndarray):
+    def channels_first(picture: np.ndarray) -> Any:
         return torch.tensor(deepstyle.to_input_space(picture)).permute(2, 0, 1)[None].contiguous()
 
-    content, style = map(channels_first, resized(rows))
+    content, style = map(channels_first, resized(paths, rows))
     weights = {
         name: (torch.tensor(kernel).permute(3, 2, 0, 1).contiguous(), torch.tensor(bias))
         for name, (kernel, bias) in deepstyle.load_weights()[0].items()
     }
     size = content.shape[2] * content.shape[3]
-    course = Course()
 
-    def features(x) -> dict:
+    def features(x: Any) -> dict:
         found = {}
         for name, (kernel, bias) in weights.items():
             if name > "conv5_2":
@@ -148,7 +144,7 @@ def run_pytorch(rows: int, num_iter: int) -> list:
                 found[name] = x
         return found
 
-    def gram(f):
+    def gram(f: Any) -> Any:
         flat = f.flatten(2)[0]
         return flat @ flat.T
 
@@ -156,36 +152,61 @@ def run_pytorch(rows: int, num_iter: int) -> list:
         content_target = features(content)["conv5_2"]
         found = features(style)
         style_targets = {name: gram(found[name]) for name in deepstyle.STYLE_LAYERS}
-    x = content.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS([x])
 
-    def closure():
-        optimiser.zero_grad()
+    def loss_of(x: Any) -> Any:
         found = features(x)
         loss = CONTENT * ((found["conv5_2"] - content_target) ** 2).sum()
         for name, target in style_targets.items():
             loss = loss + STYLE * (((target - gram(found[name])) / (6 * size)) ** 2).sum()
         corner = x[..., :-1, :-1]
         square = (corner - x[..., 1:, :-1]) ** 2 + (corner - x[..., :-1, 1:]) ** 2
-        loss = loss + VARIATION * (square**1.25).sum()
+        return loss + VARIATION * (square**1.25).sum()
+
+    return content, loss_of
+
+
+def run_pytorch(paths: list[str], rows: int, num_iter: int, name: str = "LBFGS", **options: float) -> list:
+    import torch
+
+    course = Course()
+    start, loss_of = pytorch_loss(paths, rows)
+    x = start.clone().requires_grad_()
+    optimiser = getattr(torch.optim, name)([x], **options)
+
+    def closure() -> Any:
+        optimiser.zero_grad()
+        loss = loss_of(x)
         loss.backward()
         course.add(loss.detach())
         return loss
 
-    # The old way takes 20 evaluations a step, and so does this; it may go on for as many again to reach the same loss.
+    # The old way takes 20 evaluations a step, and so does torch's L-BFGS; it may go on for as many again to reach the
+    # same loss.
     while len(course.points) < 2 * 20 * num_iter:
         before = len(course.points)
         optimiser.step(closure)
-        if not np.isfinite(course.points[-1][1]) or len(course.points) - before < 2:
+        ended = name == "LBFGS" and len(course.points) - before < 2
+        if ended or not np.isfinite(course.points[-1][1]):
             break
     return course.points
 
 
-CONTESTANTS = {
-    "deepstyle": run_deepstyle,
-    "deepstyle --scales 3": run_coarse_to_fine,
+def run_adam(paths: list[str], rows: int, num_iter: int) -> list:
+    """The course of the best step."""
+    courses = [run_pytorch(paths, rows, num_iter, "Adam", lr=step) for step in (1.0, 3.0, 10.0)]
+    return min(courses, key=lambda points: best_so_far(points)[-1][1])
+
+
+def flags_in_words(flags: dict[str, Any]) -> str:
+    return " ".join(["deepstyle", *(f"--{name} {value}" for name, value in flags.items())])
+
+
+OURS: list[dict[str, Any]] = [{}, {"scales": 3}, {"init_image": "recolored"}, {"scales": 3, "init_image": "recolored"}]
+CONTESTANTS: dict[str, Callable] = {
+    **{flags_in_words(flags): functools.partial(run_deepstyle, **flags) for flags in OURS},
     "the old way": run_old_way,
-    "PyTorch": run_pytorch,
+    "PyTorch L-BFGS": run_pytorch,
+    "PyTorch Adam": run_adam,
 }
 
 
@@ -219,38 +240,47 @@ def draw(courses: dict, path: str, goal: float) -> None:
     figure.savefig(path, dpi=100)
 
 
+def compare(courses: dict, evaluations: int) -> None:
+    """Print how much of each contestant's time ours take to the loss that it has after so many evaluations."""
+    ours = [name for name in courses if name.startswith("deepstyle")]
+    for name, points in courses.items():
+        points = best_so_far(points)
+        goal = points[min(len(points), evaluations) - 1][1]
+        taken = time_to(points, goal)
+        print(f"{name}: loss {goal:.4g} after {taken:.0f} s; there in")
+        for other in ours:
+            sooner = time_to(best_so_far(courses[other]), goal)
+            print(f"    {f'{sooner / taken:.3f} of the time' if sooner else 'not at all':>18} with {other}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    images = [str(FOLDER / "images" / name) for name in ("rocket.jpg", "composition_viii.jpg")]
+    parser.add_argument("pictures", nargs="*", default=images, metavar="CONTENT STYLE")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--num_iter", type=int, default=10)
     parser.add_argument("--json", default="race.json")
     parser.add_argument("--plot", default="race.png")
     parser.add_argument("--one", choices=CONTESTANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if len(arguments.pictures) != 2:
+        parser.error("give one content and one style, or neither")
     if arguments.one:
-        return print(json.dumps(CONTESTANTS[arguments.one](arguments.rows, arguments.num_iter)))
+        return print(json.dumps(CONTESTANTS[arguments.one](arguments.pictures, arguments.rows, arguments.num_iter)))
     courses = {}
     for name in CONTESTANTS:
-        if name == "PyTorch" and not importlib.util.find_spec("torch"):
-            print("PyTorch is not installed and does not take part")
+        if name.startswith("PyTorch") and not importlib.util.find_spec("torch"):
+            print(f"torch is not installed: {name} does not take part")
             continue
-        command = [sys.executable, __file__, "--one", name, "--rows", str(arguments.rows)]
+        command = [sys.executable, __file__, *arguments.pictures, "--one", name, "--rows", str(arguments.rows)]
         command += ["--num_iter", str(arguments.num_iter)]
         said = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
         courses[name] = json.loads(said.splitlines()[-1])
         print(f"{name}: {seconds_per_evaluation(courses[name]):.3f} s an evaluation, {len(courses[name])} of them")
         Path(arguments.json).write_text(json.dumps(courses))
-    ours = best_so_far(courses["deepstyle"])
-    for name, points in courses.items():
-        points = best_so_far(points)
-        goal = points[min(len(points), 20 * arguments.num_iter) - 1][1]
-        taken = time_to(points, goal)
-        print(f"{name}: loss {goal:.4g} after {taken:.0f} s; deepstyle is there in ", end="")
-        print(f"{(time_to(ours, goal) or float('nan')) / taken:.3f} of the time, with --scales 3 in ", end="")
-        print(f"{(time_to(best_so_far(courses['deepstyle --scales 3']), goal) or float('nan')) / taken:.3f}")
-    goal = best_so_far(courses["the old way"])[-1][1]
+    compare(courses, 20 * arguments.num_iter)
     if importlib.util.find_spec("matplotlib"):
-        draw(courses, arguments.plot, goal)
+        draw(courses, arguments.plot, goal=best_so_far(courses["the old way"])[-1][1])
     else:
         print("matplotlib is not installed: no plot")
     return None
