@@ -971,7 +971,7 @@ def paint(
     totals = iterations_at_sizes(sizes, settings)
     for size in sizes[sizes.index(state.size) if state else 0 :]:
         if x.shape[:2] != size:
-            x = enlarge(x.astype(np.float32), size)
+            x = carried_over(x, size, pictures, settings)
         if not state:
             state = State(x, np.empty((0, 4)), shaped_by, 0, False)
         watch = functools.partial(on_evaluation, size)
@@ -1090,6 +1090,19 @@ def start_picture(pictures: Pictures, size: tuple[int, int], settings: Settings)
     if settings.init_image == "gray":
         start = np.asarray(Image.fromarray(start).convert("L").convert("RGB"))
     return to_input_space(resize(start, size))
+
+
+def carried_over(x: np.ndarray, size: tuple[int, int], pictures: Pictures, settings: Settings) -> np.ndarray:
+    """x of a coarser size as the start at (rows, columns): enlarged, with the detail that the first start has there.
+
+    Where the network finds the photo's edges it keeps them: measured, less of the photo is lost so, and the loss is
+    lower.
+    """
+    enlarged = enlarge(x.astype(np.float32), size)
+    if settings.init_image == "noise":
+        return enlarged
+    coarse = start_picture(pictures, (x.shape[0], x.shape[1]), settings)
+    return enlarged + start_picture(pictures, size, settings) - enlarge(coarse.astype(np.float32), size)
 
 
 def loss_row(evaluation: Evaluation) -> list[float]:

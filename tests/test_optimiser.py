@@ -274,6 +274,21 @@ def test_each_size_starts_from_the_coarser_result(untrained):
     assert start < 0.7 * plain[0][2]
 
 
+def test_the_photos_detail_is_carried_over_to_a_finer_size():
+    pictures = deepstyle.Pictures(smooth_picture(1, 64, 80), (smooth_picture(2, 40, 32),))
+    for start in ("content", "recolored", "gray"):
+        settings = Settings(image_size=64, scales=2, init_image=start)
+        coarse, fine = (deepstyle.start_picture(pictures, size, settings) for size in ((32, 40), (64, 80)))
+        assert np.abs(deepstyle.enlarge(coarse, (64, 80)) - fine).max() > 1
+        np.testing.assert_allclose(deepstyle.carried_over(coarse, (64, 80), pictures, settings), fine, atol=1e-4)
+        # What was painted comes on top, as bicubic enlarging has it.
+        painted = smooth_picture(3, 32, 40).astype(np.float32)
+        added = deepstyle.carried_over(coarse + painted, (64, 80), pictures, settings) - fine
+        np.testing.assert_allclose(added, deepstyle.enlarge(painted, (64, 80)), atol=1e-3)
+    of_noise = deepstyle.carried_over(painted, (64, 80), pictures, Settings(init_image="noise", scales=2))
+    np.testing.assert_array_equal(of_noise, deepstyle.enlarge(painted, (64, 80)))
+
+
 def test_stop_at_a_coarse_size_gives_what_there_is_enlarged(untrained):
     (iteration,), told = watched_run(untrained, stop_at=5, scales=2)
     assert iteration.coarse
