@@ -1,5 +1,6 @@
 """What is written beside the code agrees with it."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -48,6 +49,21 @@ def test_the_commands_beside_the_pictures_are_right():
         assert all(path.exists() for path in paths)
         assert settings.image_size == 200
         assert f"](looks/{Path(arguments.prefix).name}." in LOOKS
+
+
+def test_requirements_name_every_package_that_the_program_imports():
+    # The tests' own requirements bring more, so that a missing line would show on a newcomer's machine only.
+    imported = set()
+    for path in (ROOT / "deepstyle.py", *(ROOT / "deepstyle_support").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            imported |= {name.split(".")[0] for name in names}
+    known = {"PIL": "pillow"}
+    optional = {"jax", "torch"}
+    needed = {known.get(name, name) for name in imported - sys.stdlib_module_names - {"deepstyle_support"}} - optional
+    named = {re.split("[^a-z0-9]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    assert needed == named - {"keras"}  # which is imported by its name
 
 
 def test_every_shipped_picture_has_its_source():
