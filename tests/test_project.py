@@ -57,7 +57,7 @@ def test_requirements_name_every_package_that_the_program_imports():
     for path in (ROOT / "deepstyle.py", *(ROOT / "deepstyle_support").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             imported |= {name.split(".")[0] for name in names}
     known = {"PIL": "pillow"}
     optional = {"jax", "torch"}
