@@ -31,10 +31,11 @@ try:
     import numpy as np
     from PIL import Image
 
-    from deepstyle_support.backend import describe_device, import_keras, parts_and_gradient
+    from deepstyle_support.backend import all_finite, as_array, describe_device, import_keras, parts_and_gradient
     from deepstyle_support.callbacks import Closed, as_generator
     from deepstyle_support.convolution import Kernel, convolve, kernel_on_device
     from deepstyle_support.files import Outputs, base_path
+    from deepstyle_support.lbfgs import Curvature, device_lbfgs, kept_bytes
     from deepstyle_support.memory import SMALLEST, Plan, held_beside, plan_memory
     from deepstyle_support.messages import Stream, UserError, require_choice, say, tell, words
     from deepstyle_support.pictures import (
@@ -130,6 +131,7 @@ class Settings:
         0.0, "the optimisation", "PERCENT", "stop when an iteration brings less", shapes=False
     )
     seed: int = setting(0, "the optimisation", "N", "for everything random")
+    optimizer: str = steering("scipy", "the optimisation", "WHOSE", "scipy's L-BFGS-B, or one on the device")
     history: int = steering(10, "the optimisation", "N", "corrections that L-BFGS keeps")
     tile: str = setting(
         "auto", "the optimisation", "auto|off|N", "compute in tiles of at most N x N pixels", shapes=False
@@ -161,6 +163,7 @@ class Settings:
         require_choice("--style_fit", self.style_fit, ("stretch", "keep"))
         require_choice("--pool_type", self.pool_type, ("ave", "max"))
         require_choice("--padding", self.padding, ("zeros", "edge"))
+        require_choice("--optimizer", self.optimizer, OPTIMIZERS)
         if self.tile not in ("auto", "off") and not (re.fullmatch("[0-9]+", self.tile) and int(self.tile) >= 16):
             raise UserError(f"--tile is '{self.tile}'; it must be auto, off, or a number of pixels from 16 on")
         if len(self.style_layer_weights) not in (1, len(self.style_layers)) or not sum(self.style_layer_weights):
@@ -349,7 +352,7 @@ class Evaluation:
     """The loss at some x, what each part of it adds, weighted, and its gradient."""
 
     parts: dict[str, float]  # "content conv5_2", "style conv1_1" ... "style conv5_1", "total variation"
-    gradient: np.ndarray | None  # (H, W, 3) float64
+    gradient: Any  # (H, W, 3): float64 where x is an array, a float32 tensor where x is one; or None
 
     @property
     def loss(self) -> float:
@@ -365,6 +368,10 @@ class Tile(NamedTuple):
 
     own: tuple[slice, slice]
     window: tuple[slice, slice]
+
+    def of(self, x: Tensor) -> Tensor:
+        """The window of x, (H, W, 3): float32 of an array, or of a tensor where that is."""
+        return np.float32(x[self.window]) if isinstance(x, np.ndarray) else x[self.window]
 
     def at(self, stride: int) -> tuple[tuple[slice, slice], tuple[slice, slice], tuple[slice, slice]]:
         """Own positions, own positions counted from the window's first, and the window, at a layer of this stride."""
@@ -494,8 +501,8 @@ class TileLosses:
     """What is computed for one tile of a picture: its Gram matrices and, given the whole picture's, its gradient.
 
     It knows the targets and the masks of the whole picture, but not which tiles there are, nor where they are computed:
-    it takes arrays and tiles, and gives arrays. Until it has its targets (`aim`) only features and Gram matrices can be
-    asked for.
+    it takes tiles and pictures (arrays, or tensors where they are), and gives arrays, but a gradient as a tensor. Until
+    it has its targets (`aim`) only features and Gram matrices can be asked for.
     """
 
     def __init__(
@@ -531,16 +538,16 @@ class TileLosses:
         alone.losses = tuple(loss for loss in self.losses if loss.name == name)
         return alone
 
-    def features(self, tile: Tile, x: np.ndarray, layers: Collection[str]) -> Iterator[tuple[str, Any]]:
+    def features(self, tile: Tile, x: Tensor, layers: Collection[str]) -> Iterator[tuple[str, Any]]:
         """(layer, features of the tile's window), one after another. x: (H, W, 3) in input space, the whole picture."""
-        yield from features(np.float32(x[tile.window]), self.weights, layers, self.pool_type)
+        yield from features(tile.of(x), self.weights, layers, self.pool_type)
 
-    def own_features(self, tile: Tile, x: np.ndarray, layers: Collection[str]) -> dict[str, np.ndarray]:
+    def own_features(self, tile: Tile, x: Tensor, layers: Collection[str]) -> dict[str, np.ndarray]:
         """{layer: (h, w, C)} at the tile's own positions."""
         to_numpy = import_keras().ops.convert_to_numpy
         return {layer: to_numpy(f[tile.at(stride(layer))[1]]) for layer, f in self.features(tile, x, layers)}
 
-    def grams(self, tile: Tile, x: np.ndarray, places: list[Place]) -> dict[Place, np.ndarray]:
+    def grams(self, tile: Tile, x: Tensor, places: list[Place]) -> dict[Place, np.ndarray]:
         """The first pass: what the tile's own positions add to the picture's Gram matrices, {place: (C, C)}."""
         ops, found = import_keras().ops, {}
         for layer, f in self.features(tile, x, {place.layer for place in places}):
@@ -552,8 +559,8 @@ class TileLosses:
         return found
 
     def parts_and_gradient(
-        self, tile: Tile, x: np.ndarray, whole_grams: dict[Place, np.ndarray]
-    ) -> tuple[dict[str, float], np.ndarray]:
+        self, tile: Tile, x: Tensor, whole_grams: dict[Place, np.ndarray]
+    ) -> tuple[dict[str, float], Tensor]:
         """The second pass: what the tile's own positions add to each part, and the gradient of that in its window.
 
         whole_grams: the picture's Gram matrices, of which the style losses are; empty if the tile is the whole picture.
@@ -562,7 +569,7 @@ class TileLosses:
         masks = {place: mask for place in self.places() if (mask := self.mask(tile, place)) is not None}
         differentiated = compiled(self.losses, math.prod(self.size), self.pool_type)
         given = self.weights, targets, self.style_targets, masks, whole_grams
-        return differentiated(np.float32(x[tile.window]), *given)
+        return differentiated(tile.of(x), *given)
 
     def mask(self, tile: Tile, place: Place) -> np.ndarray | None:
         """(h, w, 1): how much each position of the tile's window counts; None where all count the same."""
@@ -613,28 +620,34 @@ class Objective:
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         evaluation = self.evaluate(x)
-        assert evaluation.gradient is not None
         return evaluation.loss, evaluation.gradient
 
-    def evaluate(self, x: np.ndarray) -> Evaluation:
-        """What calling does, with the loss's parts. Raises UserError, status 1, if they are not finite."""
+    def evaluate(self, x: Tensor) -> Evaluation:
+        """What calling does, with the loss's parts; where x is a tensor of the backend, so is the gradient, float32.
+
+        Raises UserError, status 1, if they are not finite.
+        """
         parts, gradient = self._two_passes(self.of_tile, x)
         evaluation = Evaluation(parts, gradient)
-        if not (math.isfinite(evaluation.loss) and np.isfinite(gradient).all()):
+        if not (math.isfinite(evaluation.loss) and all_finite(gradient)):
             raise UserError(f"the {self._part_gone_wrong(x)} loss is no longer finite; lower its weight", status=1)
         return evaluation
 
-    def _two_passes(self, of_tile: TileLosses, x: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
+    def _two_passes(self, of_tile: TileLosses, x: Tensor) -> tuple[dict[str, float], Tensor]:
         """Each part and the gradient of all of x: two maps over the tiles, with the sum of Grams between them."""
         tiles = self._tiles(self.size, of_tile.layers())
         grams = self._grams(of_tile, x, of_tile.places("style")) if len(tiles) > 1 else {}
         parts: dict[str, float] = {}
-        gradient = np.zeros(x.shape)
+        is_array = isinstance(x, np.ndarray)
+        gradient = np.zeros(x.shape, np.float64 if is_array else np.float32) if is_array or len(tiles) > 1 else None
         for tile, (added, part) in zip(tiles, self.for_each(tiles, of_tile.parts_and_gradient, x, grams), strict=True):
-            gradient[tile.window] += part
+            if gradient is None:
+                gradient = part  # of the whole picture, which so never leaves the device
+            else:
+                gradient[tile.window] += as_array(part)
             for name, value in added.items():
                 parts[name] = value if name.startswith("style") else parts.get(name, 0.0) + value
-        return parts, gradient
+        return parts, gradient if is_array else import_keras().ops.convert_to_tensor(gradient)
 
     def for_each(self, tiles: list[Tile], compute: Callable, *given: Any) -> Iterable:
         """compute(tile, *given) of each tile in their order. Here they are computed one after another, in this process.
@@ -649,7 +662,7 @@ class Objective:
         # Without layers there is only the total variation, which looks one pixel further.
         return tiles_of(size, self.tile or max(self.size) + 15, halo(layers, self.model) if layers else 1)
 
-    def _grams(self, of_tile: TileLosses, x: np.ndarray, places: list[Place]) -> dict[Place, np.ndarray]:
+    def _grams(self, of_tile: TileLosses, x: Tensor, places: list[Place]) -> dict[Place, np.ndarray]:
         """{place: (C, C)} of all of x: the sum of the tiles'."""
         # Style layers are seldom the deepest, so these tiles need less around them than those of the second pass.
         tiles = self._tiles(x.shape[:2], {place.layer for place in places})
@@ -686,11 +699,11 @@ class Objective:
                 targets[name] = grams[Place(layer)] * np.float32(own / other)
         return targets
 
-    def _part_gone_wrong(self, x: np.ndarray) -> str:
+    def _part_gone_wrong(self, x: Tensor) -> str:
         """The name of the part whose value or gradient is not finite, each computed alone."""
         for loss in self.of_tile.losses:
             parts, gradient = self._two_passes(self.of_tile.only(loss.name), x)
-            if not (math.isfinite(parts[loss.name]) and np.isfinite(gradient).all()):
+            if not (math.isfinite(parts[loss.name]) and all_finite(gradient)):
                 return loss.name
         return "summed"
 
@@ -717,14 +730,15 @@ def masks_at_places(losses: list[Loss], masks: dict[str, np.ndarray], size: tupl
 class Accepted:
     """A point that the optimiser accepted, with its evaluation less the gradient, and their number so far."""
 
-    x: np.ndarray  # (H, W, 3) float64 in input space
+    x: Tensor  # (H, W, 3) in input space, float64, or a float32 tensor on the device
     evaluation: Evaluation
     count: int
+    learnt: Callable[[], Curvature | None]  # what the optimiser knows there, as long as it is there
 
 
 # What an optimiser is given, and what it gives: x is (H, W, 3) float in input space.
-Evaluate = Callable[[np.ndarray], Evaluation]
-Points = Generator[tuple[np.ndarray, Evaluation], None, None]
+Evaluate = Callable[[Tensor], Evaluation]
+Points = Generator[tuple[Tensor, Evaluation, Curvature | None], None, None]
 
 
 class Stopped(Exception):
@@ -739,16 +753,24 @@ def minimise(
     history: int = 10,
     evaluations: int = 0,
     iterations: int = 0,
+    optimizer: str = "scipy",
+    learnt: Callable[[], Curvature | None] = lambda: None,
 ) -> Generator[Accepted, None, None]:
     """The start, then the accepted point after every 20 evaluations, until the caller has had enough.
 
     start: (H, W, 3) float in input space. `on_evaluation` is told the number of evaluations so far and the
     loss of the latest. When `stop()` is true before an evaluation, or one fails, what has been accepted
     since the last point is handed over as a last one. The optimiser ends by itself only when it finds nothing better.
-    A run that goes on counts on from the `evaluations` and `iterations` that it has behind it.
+    A run that goes on counts on from the `evaluations` and `iterations` that it has behind it, and the device's
+    optimiser from what it has `learnt`.
     """
     count = max(0, evaluations - 1)  # the start, where an earlier run ended, is evaluated once more
-    accepted = handed_over = failure = None
+    handed_over = 0  # evaluations up to the last point that was
+    accepted = failure = None
+    curvature: Curvature | None = None
+
+    def known_at(point: int) -> Curvature | None:
+        return curvature if accepted and accepted.count == point else None
 
     def evaluate(x: np.ndarray) -> Evaluation:
         nonlocal count
@@ -760,26 +782,29 @@ def minimise(
         return evaluation
 
     try:
-        with contextlib.closing(scipy_lbfgs(evaluate, start, history)) as points:
-            for x, evaluation in points:
-                first, accepted = not accepted, Accepted(x, evaluation, count)
+        with contextlib.closing(OPTIMIZERS[optimizer](evaluate, start, history, learnt)) as points:
+            for x, evaluation, known in points:
+                first, curvature = not accepted, known
+                accepted = Accepted(x, evaluation, count, functools.partial(known_at, count))
                 if first:
                     yield accepted
                 elif count >= (iterations + 1) * EVALUATIONS_PER_ITERATION:
-                    iterations, handed_over = iterations + 1, accepted
+                    iterations, handed_over = iterations + 1, count
                     yield accepted
     except Stopped:
         pass
     except Exception as error:
         failure = error
-    if accepted and accepted is not handed_over:
+    if accepted and accepted.count != handed_over:
         yield accepted
     if failure:
         raise failure
 
 
-def scipy_lbfgs(evaluate: Evaluate, start: np.ndarray, history: int) -> Points:
+def scipy_lbfgs(evaluate: Evaluate, start: np.ndarray, history: int, learnt: object = None) -> Points:
     """Every point that SciPy's L-BFGS-B accepts, the start first; `evaluate` may raise whatever ends it.
+
+    It works on the host in float64, and neither gives away what it has learnt nor can it be told.
 
     L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995) with `history` corrections runs once for the whole job, so that what it has
     learnt of the curvature survives from one iteration to the next, and with its own convergence tests off. When it
@@ -807,7 +832,7 @@ def scipy_lbfgs(evaluate: Evaluate, start: np.ndarray, history: int) -> Points:
 
         def accept(flat: np.ndarray) -> None:
             # Without the gradient, which is as large as the picture.
-            hand_over((flat.reshape(start.shape).copy(), dataclasses.replace(evaluation, gradient=None)))
+            hand_over((flat.reshape(start.shape).copy(), dataclasses.replace(evaluation, gradient=None), None))
 
         def callback(intermediate_result: optimize.OptimizeResult) -> None:
             # The line search stops at the point that it accepts, so the latest evaluation is that point's.
@@ -829,6 +854,9 @@ def scipy_lbfgs(evaluate: Evaluate, start: np.ndarray, history: int) -> Points:
             fruitless = 0 if loss < before else fruitless + 1
 
     return as_generator(run)
+
+
+OPTIMIZERS: dict[str, Callable[..., Points]] = {"scipy": scipy_lbfgs, "device": device_lbfgs}
 
 
 # ---------------------------------------------------------------------------------- painting
@@ -966,14 +994,15 @@ def paint(
     shaped_by = state.shaped_by if state else what_shapes(pictures, settings, weights)
     sizes = picture_sizes(pictures.content.shape, settings)
     plan = plan or plan_memory(sizes[-1], settings, held_by(pictures, settings))
-    exact = state is None
+    way = way_of_computing(settings, plan)
+    exact = state is None or state.way == way
     x = state.x if state else start_picture(pictures, sizes[0], settings)
     totals = iterations_at_sizes(sizes, settings)
     for size in sizes[sizes.index(state.size) if state else 0 :]:
         if x.shape[:2] != size:
             x = carried_over(x, size, pictures, settings)
         if not state:
-            state = State(x, np.empty((0, 4)), shaped_by, 0, False)
+            state = State(x, np.empty((0, 4)), shaped_by, 0, False, way if exact else "")
         watch = functools.partial(on_evaluation, size)
         objective, full = objective_at(size, pictures, settings, weights, plan.tile), size == sizes[-1]
         for reached in iterations_at(objective, state, settings, full, totals[size], watch, stop, plan.history):
@@ -1006,7 +1035,8 @@ def iterations_at(
     if state.iteration >= most:
         return
     clock, given = time.perf_counter(), state.evaluations
-    points = minimise(objective, state.x, on_evaluation, stop, history, given, max(0, state.iteration))
+    done = given, max(0, state.iteration)
+    points = minimise(objective, state.x, on_evaluation, stop, history, *done, settings.optimizer, state.learnt)
     with contextlib.closing(points):
         if given == 0:
             losses.append(loss_row(next(points).evaluation))
@@ -1017,7 +1047,15 @@ def iterations_at(
             number, before = len(losses), losses[-1][0]
             partial = accepted.count < number * EVALUATIONS_PER_ITERATION
             losses += [] if partial else [row]
-            reached = State(accepted.x, np.array(losses), state.shaped_by, accepted.count, partial)
+            reached = State(
+                as_array(accepted.x),
+                np.array(losses),
+                state.shaped_by,
+                accepted.count,
+                partial,
+                state.way,
+                accepted.learnt,
+            )
             improvement = 100 * (before - row[0]) / before if before else 0.0
             yield Iteration(
                 number=number,
@@ -1035,9 +1073,16 @@ def iterations_at(
                 coarse=not full,
                 state=reached,
             )
+            del accepted  # its x is as large as the picture
             clock = time.perf_counter()
             if number >= most or (full and is_enough(number, improvement, settings)):
                 return
+
+
+def way_of_computing(settings: Settings, plan: Plan) -> str:
+    """What must be the same for a run that goes on to make the same pictures, bit for bit, beside what shapes them."""
+    backend = import_keras().backend.backend()
+    return f"{settings.optimizer} with {plan.history} corrections, tile {plan.tile}, {backend}"
 
 
 def what_shapes(pictures: Pictures, settings: Settings, weights: Weights) -> dict[str, str]:
@@ -1126,6 +1171,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     totals = iterations_at_sizes([*coarser, size], settings)
     frames = 1 + sum(totals.values()) if outputs.animation else 0
     plan = plan_memory(size, settings, held_by(pictures, settings, frames))
+    outputs.keeps = kept_bytes(size, plan.history) if settings.optimizer == "device" else 0
     outputs.check(input_paths(arguments, settings), saved_size(pictures, settings))
     weights, source = load_weights(settings.weights, settings.seed, settings.model)
     from rich.console import Console
@@ -1159,6 +1205,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
             console.print(after or "there is nothing to resume: a new run")
         console.print(f"painting {size[0]} x {size[1]} pixels on {describe_device()}; {source}")
         console.print(plan.in_words(settings.history))
+        if settings.optimizer == "device" and not outputs.keeps:
+            console.print("what L-BFGS learns would be gigabytes and is not kept: after --resume it is learnt again")
         if coarser and (coarse or not state):
             console.print("first " + ", then ".join(f"{rows} x {columns}" for rows, columns in coarser) + " pixels")
         start = start_picture(pictures, size, settings)

@@ -1,6 +1,7 @@
 """Keras and what differs from one of its backends to the next: loading it, its device, how it differentiates."""
 
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -66,7 +67,7 @@ def describe_device() -> str:
 
 
 def parts_and_gradient(parts: Callable) -> Callable:
-    """Compile parts(x, ...) -> {name: scalar} into (x, ...) -> ({name: float}, gradient of their sum by x).
+    """Compile parts(x, ...) -> {name: scalar} into (x, ...) -> ({name: float}, gradient of their sum by x, a tensor).
 
     x and what comes behind it are arrays, or dicts of arrays. The only code that knows how a backend differentiates.
     """
@@ -78,11 +79,50 @@ def parts_and_gradient(parts: Callable) -> Callable:
 
     compiled = {"tensorflow": with_tensorflow, "jax": with_jax, "torch": with_torch}[keras.backend.backend()](summed)
 
-    def evaluate(*given: Any) -> tuple[dict[str, float], np.ndarray]:
+    def evaluate(*given: Any) -> tuple[dict[str, float], Any]:
         values, gradient = compiled(*keras.tree.map_structure(keras.ops.convert_to_tensor, given))
-        return {name: float(value) for name, value in values.items()}, keras.ops.convert_to_numpy(gradient)
+        return {name: float(value) for name, value in values.items()}, gradient
 
     return evaluate
+
+
+def as_array(x: Any) -> np.ndarray:
+    """An array as it is, a tensor of the backend copied into one."""
+    return x if isinstance(x, np.ndarray) else import_keras().ops.convert_to_numpy(x)
+
+
+def all_finite(x: Any) -> bool:
+    """Whether an array or a tensor, where it is, holds numbers only."""
+    if isinstance(x, np.ndarray):
+        return bool(np.isfinite(x).all())
+    ops = import_keras().ops
+    return bool(ops.all(ops.isfinite(x)))
+
+
+@functools.cache
+def compile_once(function: Callable) -> Callable:
+    """A function of tensors, compiled where the backend compiles; for the whole process."""
+    backend = import_keras().backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, autograph=False)
+    if backend == "jax":
+        import jax
+
+        return jax.jit(function)
+    import torch
+
+    return torch.no_grad()(function)
+
+
+def done_before(tensor: Any) -> contextlib.AbstractContextManager:
+    """What is computed within is computed when the tensor is there; only TensorFlow would not wait by itself."""
+    if import_keras().backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.control_dependencies([tensor])
 
 
 def add_to_rows(x: Any, rows: np.ndarray, values: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 from PIL import Image, PngImagePlugin
 
 from .disk import write_whole
+from .lbfgs import Curvature, from_arrays, to_arrays
 from .messages import UserError
 from .outputs import Log, csv_log, tensorboard_log, write_animation
 from .pictures import read_picture, resize
@@ -48,11 +50,13 @@ class Outputs:
     log: Path | None = None
     tensorboard: Path | None = None
     made: dict[str, Any] = dataclasses.field(default_factory=dict)  # how the pictures are made, for their text
+    keeps: int = 0  # bytes of what the optimiser has learnt that are written at the end
 
     def __post_init__(self) -> None:
         self._logs: list[Log] = []
         self._frames: list[np.ndarray] = []
         self._unsaved: Callable[[], Path] | None = None  # writes the latest picture, if that is not written yet
+        self._latest: State | None = None
 
     @property
     def extras(self) -> list[Path]:
@@ -96,7 +100,7 @@ class Outputs:
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise UserError(f"cannot write in the folder '{folder}': no permission")
         # The state's float picture, and one saved picture that hardly compresses.
-        needed, free = size[0] * size[1] * 3 * (4 + 1), shutil.disk_usage(folder).free
+        needed, free = size[0] * size[1] * 3 * (4 + 1) + self.keeps, shutil.disk_usage(folder).free
         if free < needed:
             raise UserError(f"the disk of '{folder}' has {free} bytes free, and one iteration needs {needed}")
 
@@ -147,7 +151,10 @@ class Outputs:
                 # 0.2.0 did not write the last two: its states are at the end of an iteration of 20 evaluations.
                 evaluations = int(file["evaluations"]) if "evaluations" in file else 20 * (len(losses) - 1)
                 partial = bool(file["partial"]) if "partial" in file else False
-                state = State(file["x"], losses, shapes, evaluations, partial)
+                # What was learnt is written at the end of a run only, and is read when it is asked for.
+                way = str(file["way"]) if "by_gradient" in file else ""
+                learnt = functools.partial(read_learnt, path) if way else lambda: None
+                state = State(file["x"], losses, shapes, evaluations, partial, way, learnt)
         except Exception as error:  # np.load and zipfile raise almost anything on a damaged file
             raise UserError(f"'{path}' is no state of a run: {error}; without --resume the run starts anew") from error
         # A flag that the state does not know is newer than the state, which was made as its default makes it. A start
@@ -258,10 +265,8 @@ class Outputs:
                     path = self._write_picture(*own, coarse_size=state.size)
                 else:
                     path, self._unsaved = self._unsaved(), None
-            contents: dict[str, Any] = {"x": np.float32(state.x), "losses": state.losses, "iteration": state.iteration}
-            contents |= {"evaluations": state.evaluations, "partial": state.partial}
-            contents |= {"shaped_by": json.dumps(state.shaped_by), "extras": json.dumps([*map(str, self._resolved())])}
-            write_whole(self.state_path, lambda file: np.savez(file, **contents))
+            self._write_state(state)
+        self._latest = state
         if not iteration.coarse:
             self.picture_path(0).unlink(missing_ok=True)
         self._frames += [iteration.picture] if self.animation else []
@@ -276,10 +281,21 @@ class Outputs:
             with advice_to_resume():
                 paths.append(self._unsaved())
             self._unsaved = None
+        if self.keeps and self._latest and (learnt := self._latest.learnt()):
+            with advice_to_resume():
+                self._write_state(self._latest, learnt)
         if self.animation and self._frames:
             write_animation(self.animation, self._frames)
             paths.append(self.animation)
         return paths
+
+    def _write_state(self, state: State, learnt: Curvature | None = None) -> None:
+        """Write what is needed to go on from there."""
+        contents: dict[str, Any] = {"x": np.asarray(state.x, np.float32), "losses": state.losses}
+        contents |= {"iteration": state.iteration, "evaluations": state.evaluations, "partial": state.partial}
+        contents |= {"shaped_by": json.dumps(state.shaped_by), "extras": json.dumps([*map(str, self._resolved())])}
+        contents |= {"way": state.way, **to_arrays(learnt)} if learnt else {}
+        write_whole(self.state_path, lambda file: np.savez(file, **contents))
 
     def _write_picture(
         self,
@@ -300,6 +316,15 @@ class Outputs:
         path = self.picture_path(number, coarse_size)
         write_whole(path, lambda file: Image.fromarray(picture).save(file, format="PNG", pnginfo=text))
         return path
+
+
+def read_learnt(path: Path) -> Curvature:
+    """What the optimiser had learnt when the run of this state ended. Raises UserError if it cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return from_arrays(file)
+    except Exception as error:  # np.load and zipfile raise almost anything on a damaged file
+        raise UserError(f"'{path}' is damaged: {error}; without --resume the run starts anew") from error
 
 
 def files_of(extra: Path) -> list[Path]:

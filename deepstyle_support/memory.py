@@ -20,6 +20,7 @@ SMALLEST = 32  # rows and columns of a picture that is computed: conv5 then has 
 LARGE_TILE = 512  # pixels: at 1024 x 1024 tiles of this size take 2 times as long as the whole, tiles of 128 6 times
 SMALL_TILE = 128
 FEW_CORRECTIONS = 5
+DEVICE_VECTORS = 12
 
 
 class Wishes(Protocol):
@@ -37,6 +38,8 @@ class Wishes(Protocol):
     def content_layer(self) -> tuple[str, ...]: ...
     @property
     def padding(self) -> str: ...
+    @property
+    def optimizer(self) -> str: ...
 
 
 class Plan(NamedTuple):
@@ -87,11 +90,13 @@ def way_that_fits(size: tuple[int, int], settings: Wishes, free: float, gpu_free
 
     def corrections(tile: int | None) -> float:
         """How many L-BFGS can keep beside tiles of this size, at most as many as are wished for; or less than 0."""
-        computing, rest = needed_memory(size, tile, 0, *network_of(settings))
-        if gpu_free and computing > gpu_free:
+        here, on_gpu = needed_memory(size, tile, 0, *network_of(settings)).shared(bool(gpu_free), settings.optimizer)
+        room = free - here
+        if gpu_free and (room < 0 or on_gpu > gpu_free):
             return -1
-        room = free - rest - (0 if gpu_free else computing)
-        return min(settings.history, room // bytes_per_correction(size))
+        if gpu_free and settings.optimizer == "device":
+            room = gpu_free - on_gpu
+        return min(settings.history, room // bytes_per_correction(size, settings.optimizer))
 
     def tile_of(parts: int) -> int | None:
         """The longer side in so many parts, in whole strides of the deepest layer."""
@@ -113,9 +118,9 @@ def way_that_fits(size: tuple[int, int], settings: Wishes, free: float, gpu_free
     history = corrections(tile)
     if history < fewest:
         return None
-    computing, rest = needed_memory(size, tile, int(history), *network_of(settings))
-    needed = rest if gpu_free else computing + rest
-    return Plan(tile if tile and tile < side else None, int(history), needed, free)
+    needed = needed_memory(size, tile, int(history), *network_of(settings))
+    here, _ = needed.shared(bool(gpu_free), settings.optimizer)
+    return Plan(tile if tile and tile < side else None, int(history), here, free)
 
 
 def given_tile(settings: Wishes) -> int | None:
@@ -123,14 +128,32 @@ def given_tile(settings: Wishes) -> int | None:
     return None if settings.tile == "off" else int(settings.tile)
 
 
-def bytes_per_correction(size: tuple[int, int]) -> int:
-    """What L-BFGS keeps of each: a step and a change of the gradient, of 3 channels in float64."""
-    return 2 * 3 * 8 * math.prod(size)
+def bytes_per_vector(size: tuple[int, int], optimizer: str) -> int:
+    """A vector of L-BFGS: 3 channels in SciPy's float64, or in float32 on the device."""
+    return 3 * (8 if optimizer == "scipy" else 4) * math.prod(size)
 
 
-def network_of(settings: Wishes) -> tuple[str, tuple[str, ...], str]:
-    """What of the network decides how much memory it needs."""
-    return settings.model, settings.content_layer, settings.padding
+def bytes_per_correction(size: tuple[int, int], optimizer: str) -> int:
+    """What L-BFGS keeps of each: a step and a change of the gradient."""
+    return 2 * bytes_per_vector(size, optimizer)
+
+
+def network_of(settings: Wishes) -> tuple[str, tuple[str, ...], str, str]:
+    """What beside the picture and its tiles decides how much memory is needed."""
+    return settings.model, settings.content_layer, settings.padding, settings.optimizer
+
+
+class Needed(NamedTuple):
+    """Bytes that painting takes at its peak."""
+
+    computing: float  # an evaluation, on the GPU if there is one
+    vectors: float  # the optimiser's
+    rest: float
+
+    def shared(self, gpu: bool, optimizer: str) -> tuple[float, float]:
+        """What of it is in main memory, and what on the GPU if there is one."""
+        on_gpu = self.computing + (self.vectors if optimizer == "device" else 0) if gpu else 0.0
+        return sum(self) - on_gpu, on_gpu
 
 
 def needed_memory(
@@ -140,8 +163,9 @@ def needed_memory(
     model: str = "vgg16",
     content_layers: Collection[str] = ("conv5_2",),
     padding: str = "zeros",
-) -> tuple[float, float]:
-    """Bytes that an evaluation takes at its peak, on the GPU if there is one, and that all else takes.
+    optimizer: str = "scipy",
+) -> Needed:
+    """What a picture of (rows, columns) needs in tiles of this size, or as a whole.
 
     The numbers are fitted to measured peaks on a CPU (TensorFlow 2.21); benchmarks/speed.py shows both.
     """
@@ -159,9 +183,10 @@ def needed_memory(
         # Each kernel's outer lines and corners once more, 16 of in x out, and those for the gradient.
         computing += 4 * 2 * 16 * sum(inputs * outputs for inputs, outputs in itertools.pairwise((3, *layers.values())))
     # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top: 10 on one
-    # machine, 12 on another, and one to be sure.
-    rest = 900e6 + 3 * 8 * (5 + 13) * pixels + history * bytes_per_correction(size) + pixels * targets
-    return computing, rest
+    # machine, 12 on another, and one to be sure. The device's has 2 m, and as many more as were measured.
+    vectors = 5 + 13 if optimizer == "scipy" else DEVICE_VECTORS
+    needed = (2 * history + vectors) * bytes_per_vector(size, optimizer)
+    return Needed(computing, needed, 900e6 + pixels * targets)
 
 
 def held_beside(inputs: Iterable[np.ndarray], saved: tuple[int, int], coloured: bool, masked: bool, frames: int) -> int:

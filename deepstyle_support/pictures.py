@@ -149,7 +149,9 @@ def to_input_space(picture: np.ndarray) -> np.ndarray:
 
 def from_input_space(x: np.ndarray) -> np.ndarray:
     """x: (H, W, 3) float, BGR, mean subtracted -> (H, W, 3) uint8 RGB, rounded and clipped."""
-    return np.ascontiguousarray(np.clip(np.rint(x + MEAN_BGR), 0, 255).astype(np.uint8)[..., ::-1])
+    picture = x + MEAN_BGR
+    np.clip(np.rint(picture, out=picture), 0, 255, out=picture)  # in its place: of large pictures each copy counts
+    return np.ascontiguousarray(picture.astype(np.uint8)[..., ::-1])
 
 
 def with_colours_of(content: np.ndarray, picture: np.ndarray) -> np.ndarray:

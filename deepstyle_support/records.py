@@ -1,9 +1,12 @@
 """What painting hands to whoever shows or saves it: small records, no behaviour."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+
+from .lbfgs import Curvature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +18,8 @@ class State:
     shaped_by: dict[str, str]  # all that decides the pictures, in words
     evaluations: int  # at this size
     partial: bool  # whether it is within an iteration, not at the end of one
+    way: str = ""  # how all was computed until here; nothing if in several ways, or if something learnt was forgotten
+    learnt: Callable[[], Curvature | None] = lambda: None  # what the optimiser knows here; while it is here, or read
 
     @property
     def iteration(self) -> int:

@@ -1,0 +1,206 @@
+"""L-BFGS where the network computes: its vectors are the backend's float32 tensors, and none of them visits the host.
+
+It is algorithms 7.4 and 7.5 of Nocedal & Wright, Numerical Optimization, 2nd ed. 2006. The two-loop recursion is done
+on coefficients, as in Chen, Wang & Zhou, "Large-scale L-BFGS using MapReduce", 2014: all that it computes are sums of
+vectors that are at hand, so from their dot products it knows what each will be multiplied by, and one sum of vectors is
+the result. That reads each vector once and not four times.
+
+"Vector" is whatever the optimiser minimises over: (H, W, 3).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .backend import as_array, compile_once, done_before, import_keras
+
+Tensor = Any  # one of the backend's
+Evaluate = Callable[[Tensor], Any]  # gives what has a `loss`, a float, and a `gradient`, a tensor
+LEAST_DECREASE, LEAST_FLATTENING = 1e-3, 0.9  # of Wolfe's conditions, as in SciPy's L-BFGS-B
+FIRST_STEP = 20.0  # grey levels that the first step changes a pixel by at most; nothing is known of the curvature yet
+MOST_TRIALS = 20  # evaluations of a line search, as in SciPy's
+MOST_KEPT = 2e9  # bytes of the curvature that are written at the end of a run
+
+
+class Point(NamedTuple):
+    """Where the optimiser is, and the gradient there."""
+
+    x: Tensor
+    gradient: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Curvature:
+    """What L-BFGS has learnt of the loss up to a point: its last n steps s, and the changes y of the gradient there.
+
+    The arrays hold dot products, first those of all s, then those of all y.
+    """
+
+    steps: tuple[Tensor, ...] = ()  # s, the oldest first
+    changes: tuple[Tensor, ...] = ()  # y
+    by_changes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 0, 0)))  # [k, i, j] for i <= j
+    by_gradient: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((2, 0)))  # that at the point
+
+    def direction(self, gradient: Tensor, history: int) -> Tensor:
+        """Where to go from the point, with this gradient: -H g."""
+        coefficients = inverse_times_gradient(self.by_changes, self.by_gradient)
+        return combination((gradient, *self.steps, *self.changes), -coefficients, 1 + 2 * history)
+
+    def after(self, before: Point, here: Point, history: int) -> "Curvature":
+        """What is known after a step from one point to another; `history` pairs are kept at most.
+
+        Unless the loss is convex along the step nothing can be learnt from it.
+        """
+        n = len(self.steps)
+        step, change = (combination((new, old), (1, -1)) for new, old in zip(here, before, strict=True))
+        steps, changes = (*self.steps, step), (*self.changes, change)
+        by_gradient = dot_products((*steps, *changes), here.gradient, 2 * history + 2).reshape(2, n + 1)
+        own = dot_products((step, change), change)
+        if not own[0] > np.finfo(np.float32).eps * own[1] > 0:
+            return dataclasses.replace(self, by_gradient=by_gradient[:, :n])
+        by_changes = np.zeros((2, n + 1, n + 1))
+        by_changes[:, :n, :n] = self.by_changes
+        # The new change is the difference of two gradients, and so are its products.
+        by_changes[:, :n, n] = by_gradient[:, :n] - self.by_gradient
+        by_changes[:, n, n] = own
+        kept = slice(1 if n == history else 0, None)
+        return Curvature(steps[kept], changes[kept], by_changes[:, kept, kept], by_gradient[:, kept])
+
+
+def kept_bytes(size: tuple[int, int], history: int) -> int:
+    """What is kept of the curvature when a run ends, for a picture of (rows, columns): all, or nothing of gigabytes."""
+    needed = 2 * history * 3 * 4 * math.prod(size)
+    return needed if needed <= MOST_KEPT else 0
+
+
+def to_arrays(curvature: Curvature) -> dict[str, np.ndarray]:
+    """The curvature as named arrays, to be written to a file."""
+    pairs = {f"step_{i}": as_array(step) for i, step in enumerate(curvature.steps)}
+    pairs |= {f"change_{i}": as_array(change) for i, change in enumerate(curvature.changes)}
+    return pairs | {"by_changes": curvature.by_changes, "by_gradient": curvature.by_gradient}
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> Curvature:
+    """The curvature that `to_arrays` has given; each vector is looked up only when its turn has come."""
+    to_tensor, by_gradient = import_keras().ops.convert_to_tensor, arrays["by_gradient"]
+    steps, changes = (
+        tuple(to_tensor(arrays[f"{kind}_{i}"], "float32") for i in range(by_gradient.shape[1]))
+        for kind in ("step", "change")
+    )
+    return Curvature(steps, changes, arrays["by_changes"], by_gradient)
+
+
+def inverse_times_gradient(by_changes: np.ndarray, by_gradient: np.ndarray) -> np.ndarray:
+    """The two-loop recursion on dot products: what to multiply g, all s and all y with, to add them up to H g."""
+    (s_y, y_y), (s_g, y_g) = by_changes, by_gradient
+    n = len(s_g)
+    of_steps, of_changes, alpha = np.zeros(n), np.zeros(n), np.zeros(n)
+    for i in reversed(range(n)):
+        # Only changes behind the i-th have been added to g.
+        alpha[i] = (s_g[i] + s_y[i, i:] @ of_changes[i:]) / s_y[i, i]
+        of_changes[i] = -alpha[i]
+    scale = s_y[-1, -1] / y_y[-1, -1] if n else 1.0
+    of_changes *= scale
+    for i in range(n):
+        # All changes have been added, and the steps before the i-th.
+        y_changes = np.concatenate([y_y[:i, i], y_y[i, i:]]) @ of_changes
+        beta = (scale * y_g[i] + y_changes + s_y[:i, i] @ of_steps[:i]) / s_y[i, i]
+        of_steps[i] = alpha[i] - beta
+    return np.array([scale, *of_steps, *of_changes])
+
+
+def device_lbfgs(
+    evaluate: Evaluate, start: np.ndarray, history: int, learnt: Callable[[], Curvature | None] = lambda: None
+) -> Generator[tuple[Tensor, Any, Curvature], None, None]:
+    """Every point that L-BFGS accepts, the start first, and what is known there; `evaluate` may raise what ends it.
+
+    start: (H, W, 3), where learnt() may be known already. When a line search finds nothing better, as noise in
+    float32 can make it, all that was learnt is forgotten, and it goes on from where it is. It ends by itself only when
+    that has brought nothing twice in a row.
+    """
+    x, curvature, fruitless = import_keras().ops.convert_to_tensor(start, "float32"), learnt() or Curvature(), 0
+    evaluation = evaluate(x)
+    while fruitless < 2:
+        yield x, dataclasses.replace(evaluation, gradient=None), curvature
+        direction = curvature.direction(evaluation.gradient, history)
+        found = line_search(evaluate, x, evaluation, direction, known=bool(curvature.steps))
+        del direction  # it is as large as the picture
+        if found:
+            here = Point(found[0], found[1].gradient)
+            curvature = curvature.after(Point(x, evaluation.gradient), here, history)
+            (x, evaluation), fruitless = found, 0
+        else:
+            curvature, fruitless = Curvature(), fruitless + 1
+
+
+def line_search(
+    evaluate: Evaluate, x: Tensor, evaluation: Any, direction: Tensor, known: bool
+) -> tuple[Tensor, Any] | None:
+    """A point on the way from x, with its evaluation, that fulfils Wolfe's conditions; None if none is found.
+
+    known: whether the direction says how far to go. What is too short is doubled, and then the middle is tried of what
+    is too short and what is too long: between the two there always is a point that fulfils the weak conditions (Lewis &
+    Overton, "Nonsmooth optimization via quasi-Newton methods", 2013, algorithm 2.6).
+    """
+    (slope,) = dot_products((evaluation.gradient,), direction)
+    length = 1.0 if known else FIRST_STEP / (largest(direction) or 1.0)
+    short, long = 0.0, math.inf
+    for _ in range(MOST_TRIALS if slope < 0 else 0):
+        trial = combination((x, direction), (1, length))
+        there = evaluate(trial)
+        (slope_there,) = dot_products((there.gradient,), direction)
+        if not there.loss <= evaluation.loss + LEAST_DECREASE * length * slope:  # or it is no number
+            long = length
+        elif slope_there < LEAST_FLATTENING * slope:
+            short = length
+        else:
+            return trial, there
+        length = (short + long) / 2 if long < math.inf else 2 * length
+    return None
+
+
+def dot_products(vectors: Sequence[Tensor], other: Tensor, slots: int = 0) -> np.ndarray:
+    """Those of each vector with another one, (n,) float64. They are compiled once for up to so many slots.
+
+    What float32 adds up is a row of a picture at most: so much that the error of a product of 50 million terms is that
+    of some thousands.
+    """
+    by_row = compile_once(products_by_row)(padded(vectors, slots), other)
+    return import_keras().ops.convert_to_numpy(by_row)[: len(vectors)].sum(1, np.float64)
+
+
+def products_by_row(vectors: tuple[Tensor, ...], other: Tensor) -> Tensor:
+    """(n, H): the sums of the rows' products, whose total is the dot product."""
+    ops = import_keras().ops
+    return ops.stack([ops.sum(vector * other, axis=(1, 2)) for vector in vectors])
+
+
+def combination(vectors: Sequence[Tensor], coefficients: Sequence[float] | np.ndarray, slots: int = 0) -> Tensor:
+    """The sum of the vectors, each times its coefficient; compiled once for up to so many slots."""
+    vectors = padded(vectors, slots)
+    filled = np.zeros(len(vectors), np.float32)
+    filled[: len(coefficients)] = coefficients
+    return compile_once(weighted_sum)(vectors, import_keras().ops.convert_to_tensor(filled))
+
+
+def weighted_sum(vectors: tuple[Tensor, ...], coefficients: Tensor) -> Tensor:
+    total = coefficients[0] * vectors[0]
+    for number, vector in enumerate(vectors[1:], 1):
+        with done_before(total):  # else TensorFlow makes all the products at once, each as large as the picture
+            product = coefficients[number] * vector
+        total = total + product
+    return total
+
+
+def padded(vectors: Sequence[Tensor], slots: int) -> tuple[Tensor, ...]:
+    """The vectors, and in slots that are left the first of them again."""
+    return (*vectors, *[vectors[0]] * (slots - len(vectors)))
+
+
+def largest(vector: Tensor) -> float:
+    """The greatest absolute value."""
+    ops = import_keras().ops
+    return float(ops.max(ops.abs(vector)))
