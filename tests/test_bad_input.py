@@ -264,8 +264,8 @@ def test_odd_pictures_work_and_several_in_one_file_get_a_note(tmp_path, capfd):
         assert status == 0, said
         assert (note in said) if note else said == ""
         assert Image.open(tmp_path / f"{path.stem}_at_iteration_1.png").size == (41, 32)
-    first, frames = deepstyle.read_picture(str(tmp_path / "odd" / "pages.tif"))
-    assert frames == 3
+    first, notes = deepstyle.read_picture(str(tmp_path / "odd" / "pages.tif"))
+    assert notes == ["holds 3 pictures; the first is used"]
     np.testing.assert_array_equal(first, smooth_picture(3, 40, 52))
 
 
