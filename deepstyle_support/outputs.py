@@ -76,7 +76,7 @@ def write_animation(path: Path, frames: list[np.ndarray]) -> None:
 
 
 def with_alpha_that_shows(frame: np.ndarray, kind: str, channels: int) -> np.ndarray:
-    """A frame for a .gif, .webp or .mp4 whose first one has 3 or 4 channels, with as much of its alpha as that can have."""
+    """A frame with what this kind of file can have of its alpha, in files whose first frame has 3 or 4 channels."""
     if channels == 3 or kind == ".mp4":
         return laid_on(frame, "white")
     frame = np.array(Image.fromarray(frame).convert("RGBA"))  # one that was saved, and turned out opaque, lacks it

@@ -36,7 +36,7 @@ def laid_on_itself(picture: Image.Image) -> Image.Image:
 
 
 def laid_on(picture: np.ndarray, colour: str | None) -> np.ndarray:
-    """The picture on a colour that Pillow's ImageColor knows, (H, W, 3); as it is if it has no alpha, or without one."""
+    """The picture on a colour that Pillow's ImageColor knows, (H, W, 3); as it is without a colour or alpha."""
     if colour is None or picture.shape[2:] != (4,):
         return picture
     clear = Image.fromarray(picture)
