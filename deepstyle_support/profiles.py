@@ -20,14 +20,15 @@ def to_srgb(picture: Image.Image, profile: bytes) -> tuple[Image.Image, str]:
             return picture.convert("RGB"), f"it is for {space}, and the picture is {SPACES[picture.mode]}"
         # Relative colorimetric: white stays white, and each colour that sRGB has is met exactly, which is what a
         # photo's colours are for; perceptual would move all of them, in whatever way the profile's maker liked. With
-        # black point compensation the black of a scan or of ink, which is a dark grey, becomes black.
+        # black point compensation the black of a scan or of ink, which is a dark grey, becomes black. LittleCMS makes a
+        # table of it all; with a fine one no grey is off by more than 1 level, with the usual one dark ones by 1.5.
         transform = ImageCms.buildTransform(
             embedded,
             ImageCms.createProfile("sRGB"),
             picture.mode,
             "RGB",
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.HIGHRESPRECALC,
         )
         return picture.convert("RGB") if changes_nothing(transform) else transform.apply(picture), ""
     except ImportError:
