@@ -975,7 +975,8 @@ def saved_size(pictures: Pictures, settings: Settings) -> tuple[int, int]:
 def held_by(pictures: Pictures, settings: Settings, frames: int = 0) -> int:
     """Bytes that painting them holds beside what is computed, with an animation of so many frames."""
     coloured, masked = settings.preserve_color == "luma", pictures.color_mask is not None
-    return held_beside(pictures.named().values(), saved_size(pictures, settings), coloured, masked, frames)
+    clear = alpha_of(pictures.content) is not None
+    return held_beside(pictures.named().values(), saved_size(pictures, settings), coloured, masked, clear, frames)
 
 
 def finish(x: np.ndarray, content: np.ndarray, settings: Settings, color_mask: np.ndarray | None = None) -> np.ndarray:

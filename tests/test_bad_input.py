@@ -137,6 +137,10 @@ ROWS = [
     (["cut.png", *RUN[1:]], "cannot read the picture 'cut.png'"),
     ([RUN[0], "cut.png", RUN[2]], "cannot read the picture 'cut.png'"),
     (["dot.png", *RUN[1:]], "'dot.png' is a single pixel"),
+    (["raw.dng", *RUN[1:]], "'raw.dng' is a camera's raw file: develop it with"),
+    (["clear.png", *RUN[1:]], "the content picture is all transparent; --background COLOUR lays it on a colour"),
+    ([*RUN, "--background", "reddish"], "--background is 'reddish'; it must be a colour's name, like red, or #rrggbb"),
+    ([*RUN, "--background", ""], "--background is ''"),
     ([RUN[0], "dot.png", RUN[2]], "'dot.png' is a single pixel"),
     (["tall.png", *RUN[1:]], "400 x 4 pixels, but needs at least 32 on each side"),
     (["wide.png", *RUN[1:], "--image_size", "30"], "30 x 3000 pixels, but needs at least 32 on each side"),
@@ -183,6 +187,8 @@ def folder(tmp_path_factory, untrained):
     for name in ("cut.png", "cut.jpg"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[: len(content) // 2])
+    good.save(folder / "raw.dng", format="TIFF")
+    Image.new("RGBA", (48, 48)).save(folder / "clear.png")
     (folder / "folder").mkdir()
     (folder / "empty.jpg").touch()
     (folder / "text.jpg").write_text("a picture, they said\n")
