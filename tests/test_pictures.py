@@ -43,7 +43,7 @@ def test_transparency_is_read_as_alpha_of_a_palette_as_well(tmp_path):
 
 
 def test_what_is_laid_on_a_colour_is_mixed_with_it():
-    clear: np.ndarray = np.uint8([[[200, 0, 0, 0], [200, 0, 0, 255], [200, 0, 0, 128]]])
+    clear = np.array([[[200, 0, 0, 0], [200, 0, 0, 255], [200, 0, 0, 128]]], np.uint8)
     laid = laid_on(clear, "white")[0].tolist()
     assert laid[:2] == [[255, 255, 255], [200, 0, 0]]
     assert laid[2] == pytest.approx([227, 127, 127], abs=1)
