@@ -53,11 +53,11 @@ def fixed(numbers):
     return [round(65536 * n) for n in numbers]
 
 
-def rgb_profile(name):
-    """A display's profile by its primaries and its curve."""
+def rgb_profile(name, decimals=5):
+    """A display's profile by its primaries and its curve, with so many decimals of them."""
     cone = BRADFORD @ xyz(0.3127, 0.3290)
     adapt = np.linalg.solve(BRADFORD, np.diag(BRADFORD @ D50 / cone) @ BRADFORD)
-    columns = (adapt @ to_xyz(name)).T
+    columns = np.round(adapt @ to_xyz(name), decimals).T
     tags = {b"wtpt": struct.pack(">4s4x3i", b"XYZ ", *fixed(D50))}
     tags |= {
         key: struct.pack(">4s4x3i", b"XYZ ", *fixed(c))
