@@ -12,9 +12,14 @@ PRIMARIES = {  # x, y of red, green and blue; white is D65 in all
     "P3 with a gamma of 2.2": [(0.680, 0.320), (0.265, 0.690), (0.150, 0.060)],
     "Adobe RGB": [(0.640, 0.330), (0.210, 0.710), (0.150, 0.060)],
 }
-SRGB_CURVE = struct.pack(
-    ">4s4xHH5i", b"para", 3, 0, *(round(65536 * n) for n in (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045))
-)
+
+
+def srgb_curve(power=2.4):
+    numbers = (power, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    return struct.pack(">4s4xHH5i", b"para", 3, 0, *(round(65536 * number) for number in numbers))
+
+
+SRGB_CURVE = srgb_curve()
 ADOBE_GAMMA = 563 / 256
 
 
@@ -53,11 +58,11 @@ def fixed(numbers):
     return [round(65536 * n) for n in numbers]
 
 
-def rgb_profile(name, decimals=5):
-    """A display's profile by its primaries and its curve, with so many decimals of them."""
+def rgb_profile(name):
+    """A display's profile by its primaries and its curve."""
     cone = BRADFORD @ xyz(0.3127, 0.3290)
     adapt = np.linalg.solve(BRADFORD, np.diag(BRADFORD @ D50 / cone) @ BRADFORD)
-    columns = np.round(adapt @ to_xyz(name), decimals).T
+    columns = (adapt @ to_xyz(name)).T
     tags = {b"wtpt": struct.pack(">4s4x3i", b"XYZ ", *fixed(D50))}
     tags |= {
         key: struct.pack(">4s4x3i", b"XYZ ", *fixed(c))
