@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, NoReturn, TextIO, cast
 
 try:
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageColor
 
     from deepstyle_support.backend import all_finite, as_array, describe_device, import_keras, parts_and_gradient
     from deepstyle_support.callbacks import Closed, as_generator
@@ -46,13 +46,13 @@ try:
         from_input_space,
         mask_on_grid,
         match_colours,
-        read_picture,
         recolour,
         resize,
         to_input_space,
         with_colours_of,
     )
     from deepstyle_support.provenance import description
+    from deepstyle_support.reading import read_picture
     from deepstyle_support.records import Iteration, State
     from deepstyle_support.terminal import (
         describe_iteration,
@@ -61,6 +61,7 @@ try:
         progress_bar,
         signals_as_wishes,
     )
+    from deepstyle_support.transparency import alpha_of, filled, laid_on, with_alpha_of
     from deepstyle_support.vgg import CHANNELS, halo, layer_name, stride
     from deepstyle_support.weights import Weights, load_weights, trunk_digest
 except ModuleNotFoundError as missing:
@@ -88,7 +89,7 @@ def setting(default: Any, group: str, placeholder: str, help: str, shapes: bool 
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# When to end, and how to compute; the weights are known by their digest.
+# When to end, and how to compute; the weights, and pictures on a background, are known by their digests.
 steering = functools.partial(setting, shapes=False)
 
 
@@ -104,6 +105,7 @@ class Settings:
     maintain_aspect_ratio: bool = setting(True, "the picture", "BOOL", "columns as in the content; False: as rows")
     init_image: str = setting("content", "the picture", "START", "content, recolored, noise, gray, or a picture's path")
     preserve_color: bool | str = setting(False, "the picture", "HOW", "the content's colours: luma (True) or match")
+    background: str | None = steering(None, "the picture", "COLOUR", "lay what is transparent on it: red or #ff0000")
     rescale_image: bool = setting(False, "the picture", "BOOL", "save at the content picture's own size")
     rescale_method: str = setting("bilinear", "the picture", "METHOD", "nearest, bilinear, bicubic or cubic")
     content_weight: float = setting(0.025, "the content", "W", "how much the content counts")
@@ -164,6 +166,12 @@ class Settings:
         require_choice("--pool_type", self.pool_type, ("ave", "max"))
         require_choice("--padding", self.padding, ("zeros", "edge"))
         require_choice("--optimizer", self.optimizer, OPTIMIZERS)
+        if self.background is not None:
+            try:
+                ImageColor.getrgb(self.background)
+            except (AttributeError, ValueError):
+                known = "it must be a colour's name, like red, or #rrggbb"
+                raise UserError(f"--background is '{self.background}'; {known}") from None
         if self.tile not in ("auto", "off") and not (re.fullmatch("[0-9]+", self.tile) and int(self.tile) >= 16):
             raise UserError(f"--tile is '{self.tile}'; it must be auto, off, or a number of pixels from 16 on")
         if len(self.style_layer_weights) not in (1, len(self.style_layers)) or not sum(self.style_layer_weights):
@@ -427,10 +435,11 @@ class Loss(NamedTuple):
     place: Place
 
 
-def weighted_losses(settings: Settings, size: tuple[int, int], styles: int, masks: dict[str, np.ndarray]) -> list[Loss]:
+def weighted_losses(settings: Settings, size: tuple[int, int], styles: int, masks: Collection[str]) -> list[Loss]:
     """The parts of the objective for a picture of (rows, columns), without targets. One of weight 0 is left out.
 
-    `masks` has them by name: "content", "style", or "style 2" of several. Raises UserError as `weights_of_styles` does.
+    `masks` are the names of those that there are: "content", "style" for any, or "style 2" of several. Raises UserError
+    as `weights_of_styles` does.
     """
     losses, channels = [], CHANNELS[settings.model]
     for layer in settings.content_layer:
@@ -441,9 +450,10 @@ def weighted_losses(settings: Settings, size: tuple[int, int], styles: int, mask
     for number, weight in enumerate(weights_of_styles(settings, styles), 1):
         for layer, share in zip(settings.style_layers, shares, strict=True):
             losses.append((f"style {number}" if styles > 1 else "style", layer, weight * share / sum(shares)))
-    parts = [
-        Loss(f"{name} {layer}", weight, Place(layer, name if name in masks else "")) for name, layer, weight in losses
-    ]
+    parts = []
+    for name, layer, weight in losses:
+        mask = next((mask for mask in (name, name.split()[0]) if mask in masks), "")
+        parts.append(Loss(f"{name} {layer}", weight, Place(layer, mask)))
     parts.append(Loss("total variation", settings.total_variation_weight, Place("picture")))
     return [part for part in parts if part.weight]
 
@@ -547,12 +557,17 @@ class TileLosses:
         to_numpy = import_keras().ops.convert_to_numpy
         return {layer: to_numpy(f[tile.at(stride(layer))[1]]) for layer, f in self.features(tile, x, layers)}
 
-    def grams(self, tile: Tile, x: Tensor, places: list[Place]) -> dict[Place, np.ndarray]:
-        """The first pass: what the tile's own positions add to the picture's Gram matrices, {place: (C, C)}."""
+    def grams(
+        self, tile: Tile, x: Tensor, places: list[Place], masks: dict[Place, np.ndarray] | None = None
+    ) -> dict[Place, np.ndarray]:
+        """The first pass: what the tile's own positions add to the picture's Gram matrices, {place: (C, C)}.
+
+        masks: those of another picture than the generated one, (h, w, 1) for each place that has one.
+        """
         ops, found = import_keras().ops, {}
         for layer, f in self.features(tile, x, {place.layer for place in places}):
             for place in (place for place in places if place.layer == layer):
-                mask = self.mask(tile, place)
+                mask = self.mask(tile, place, masks)
                 found[place] = ops.convert_to_numpy(
                     gram_matrix(f, None if mask is None else ops.convert_to_tensor(mask))
                 )
@@ -571,11 +586,12 @@ class TileLosses:
         given = self.weights, targets, self.style_targets, masks, whole_grams
         return differentiated(tile.of(x), *given)
 
-    def mask(self, tile: Tile, place: Place) -> np.ndarray | None:
+    def mask(self, tile: Tile, place: Place, masks: dict[Place, np.ndarray] | None = None) -> np.ndarray | None:
         """(h, w, 1): how much each position of the tile's window counts; None where all count the same."""
+        masks = self.masks if masks is None else masks
         step, mask = stride(place.layer), None
-        if place in self.masks:
-            mask = self.masks[place][tile.at(step)[2]]
+        if place in masks:
+            mask = masks[place][tile.at(step)[2]]
         if tile.own != tile.window:
             mask = tile.mask(step) if mask is None else mask * tile.mask(step)
         return mask
@@ -585,7 +601,8 @@ class Objective:
     """The loss of a picture, and its gradient: the sum of weighted parts (eq. 7, with the total variation).
 
     content: (H, W, 3) uint8 RGB, the generated picture's size. style: such an array of any size, or a list of them;
-    style_masks, one for each, and content_mask: (H, W) or (H, W, 3) uint8, white where it holds. weights: None for the
+    style_masks, one for each, and content_mask: (H, W) or (H, W, 3) uint8, white where it holds. Where the content is
+    transparent, (H, W, 4) RGBA, nothing counts, and of a transparent style only its opaque part. weights: None for the
     trained network, "random", a file, or what load_weights returned. The options are the command's flags, that is the
     fields of Settings. With tile=N all is computed tile by tile in bounded memory, and comes out the same: Gram
     matrices are sums over positions, so the tiles' add up to the picture's, from which the style losses follow, and
@@ -606,17 +623,18 @@ class Objective:
         **options: Any,
     ):
         settings = Settings(**options)
-        pictures = Pictures(content, as_styles(style), tuple(style_masks), content_mask)
+        pictures = Pictures(*laid(content, style, settings), tuple(style_masks), content_mask)
         if not isinstance(weights, dict):
             weights, _ = load_weights(weights, settings.seed, settings.model)
         self.size = content.shape[0], content.shape[1]
         self.model = settings.model
         self.tile = int(settings.tile) if settings.tile.isdigit() else None
-        masks = pictures.masks()
+        masks = pictures.masks(self.size)
         losses = weighted_losses(settings, self.size, len(pictures.styles), masks)
-        placed = masks_at_places(losses, masks, self.size)
+        placed = masks_at_places((loss.place for loss in losses), masks, self.size)
         self.of_tile = TileLosses(losses, placed, self.size, weights, settings)
-        self.of_tile.aim(self._content_targets(to_input_space(content)), self._style_targets(pictures.styles))
+        content_targets = self._content_targets(to_input_space(filled(pictures.content)))
+        self.of_tile.aim(content_targets, self._style_targets(pictures.styles))
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         evaluation = self.evaluate(x)
@@ -662,12 +680,14 @@ class Objective:
         # Without layers there is only the total variation, which looks one pixel further.
         return tiles_of(size, self.tile or max(self.size) + 15, halo(layers, self.model) if layers else 1)
 
-    def _grams(self, of_tile: TileLosses, x: Tensor, places: list[Place]) -> dict[Place, np.ndarray]:
-        """{place: (C, C)} of all of x: the sum of the tiles'."""
+    def _grams(
+        self, of_tile: TileLosses, x: Tensor, places: list[Place], masks: dict[Place, np.ndarray] | None = None
+    ) -> dict[Place, np.ndarray]:
+        """{place: (C, C)} of all of x: the sum of the tiles'. masks: as TileLosses.grams takes them."""
         # Style layers are seldom the deepest, so these tiles need less around them than those of the second pass.
         tiles = self._tiles(x.shape[:2], {place.layer for place in places})
         totals: dict[Place, np.ndarray] = {}
-        for grams in self.for_each(tiles, of_tile.grams, x, places):
+        for grams in self.for_each(tiles, of_tile.grams, x, places, masks):
             for place, gram in grams.items():
                 totals[place] = totals.get(place, 0) + gram.astype(np.float64)
         return {place: total.astype(np.float32) for place, total in totals.items()}
@@ -691,12 +711,13 @@ class Objective:
         for number, style in enumerate(styles, 1):
             kind = "style " if len(styles) == 1 else f"style {number} "
             layers = {loss.name: loss.place.layer for loss in self.of_tile.losses if loss.name.startswith(kind)}
-            grams = self._grams(self.of_tile, to_input_space(style), [Place(layer) for layer in layers.values()])
+            x, places = to_input_space(filled(style)), [Place(layer, "style") for layer in layers.values()]
+            grams = self._grams(self.of_tile, x, places, opaque_at_places(style, style.shape[:2], places))
             for name, layer in layers.items():
                 own, other = (
                     math.prod(length // stride(layer) for length in size[:2]) for size in (self.size, style.shape)
                 )
-                targets[name] = grams[Place(layer)] * np.float32(own / other)
+                targets[name] = grams[Place(layer, "style")] * np.float32(own / other)
         return targets
 
     def _part_gone_wrong(self, x: Tensor) -> str:
@@ -708,19 +729,33 @@ class Objective:
         return "summed"
 
 
-def masks_at_places(losses: list[Loss], masks: dict[str, np.ndarray], size: tuple[int, int]) -> dict[Place, np.ndarray]:
+def masks_at_places(
+    places: Iterable[Place], masks: dict[str, dict[str, np.ndarray]], size: tuple[int, int]
+) -> dict[Place, np.ndarray]:
     """(h, w, 1) float32 for each place with a mask. A style's has a mean of 1, so a small part gets all of it.
 
-    Raises UserError if nothing of a mask is left at a place.
+    masks: from Pictures.masks. Raises UserError if nothing of a mask is left at a place.
     """
     found = {}
-    for place in dict.fromkeys(loss.place for loss in losses):
-        if place.mask:
-            mask = mask_on_grid(masks[place.mask], size, stride(place.layer))
+    for place in dict.fromkeys(places):
+        if place.mask in masks:
+            named = masks[place.mask]
+            mask = mask_on_grid(named.values(), size, stride(place.layer))
             if not mask.any():
-                raise UserError(f"the {place.mask} mask is all black at {place.layer}; it must be white somewhere")
+                what = " times the ".join(named)
+                raise UserError(f"the {what} is all black at {place.layer}; it must be white somewhere")
             found[place] = mask if place.mask == "content" else mask / mask.mean()
     return found
+
+
+def opaque_at_places(style: np.ndarray, size: tuple[int, int], places: list[Place]) -> dict[Place, np.ndarray]:
+    """`masks_at_places` for a style shown as (rows, columns): how opaque it is there. Empty if it is opaque everywhere.
+
+    So its Gram matrix is that of a whole picture like its opaque part.
+    """
+    alpha = alpha_of(style)
+    alphas = {} if alpha is None else {"style": {"style's alpha": resize(alpha, size)}}
+    return masks_at_places(places, alphas, size)
 
 
 # --------------------------------------------------------------------------------- optimiser
@@ -873,39 +908,48 @@ def stylize(
 ) -> Generator[Iteration, None, None]:
     """Paint `content` in the style of `style`, or of several: one Iteration after another.
 
-    content, style: (H, W, 3) uint8 RGB of any sizes; the masks too, or (H, W), white where something holds. The options
+    content, style: (H, W, 3) uint8 RGB, or (H, W, 4) RGBA, of any sizes; masks: (H, W, 3) or (H, W), white where
+    something holds. A transparent content makes the iterations' pictures RGBA, with its alpha. The options
     are the command's flags, that is the fields of Settings, with the same defaults; all pictures are resized as the
     command does it. Raises UserError for what the caller can mend.
     """
     settings = Settings(**options)
     start = read_start(settings)
-    pictures = Pictures(content, as_styles(style), tuple(style_masks), content_mask, color_mask, start)
+    pictures = Pictures(*laid(content, style, settings), tuple(style_masks), content_mask, color_mask, start)
     check_agreement(pictures, settings)
     weights, _ = load_weights(settings.weights, settings.seed, settings.model)
     return (iteration for iteration in paint(pictures, settings, weights) if not iteration.coarse)
 
 
-def as_styles(style: np.ndarray | list[np.ndarray]) -> tuple[np.ndarray, ...]:
-    return (style,) if isinstance(style, np.ndarray) else tuple(style)
+def laid(
+    content: np.ndarray, style: np.ndarray | Iterable[np.ndarray], settings: Settings
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """The content, and the style or styles as a tuple, on the background if there is to be one."""
+    styles = (style,) if isinstance(style, np.ndarray) else tuple(style)
+    return laid_on(content, settings.background), tuple(laid_on(style, settings.background) for style in styles)
 
 
-def read_start(settings: Settings, allow_large: bool = False) -> np.ndarray | None:
+def read_start(
+    settings: Settings, read: Callable[[str], np.ndarray] = lambda path: read_picture(path)[0]
+) -> np.ndarray | None:
     """The picture that --init_image names. Raises UserError if it is none, nor one of the words that it takes."""
     known = ("content", "recolored", "noise", "gray")
     if settings.init_image in known:
         return None
     if not os.path.exists(settings.init_image):
         require_choice("--init_image", settings.init_image, (*known, "a picture's path"))
-    return read_picture(settings.init_image, allow_large)[0]
+    return laid_on(read(settings.init_image), settings.background)
 
 
 def check_agreement(pictures: Pictures, settings: Settings) -> None:
     """Raise UserError if the pictures and the settings do not go together."""
     weights_of_styles(settings, len(pictures.styles))
     for size in picture_sizes(pictures.content.shape, settings):
-        style_sizes(pictures.styles, size, settings)
-        losses = weighted_losses(settings, size, len(pictures.styles), pictures.masks())
-        masks_at_places(losses, pictures.masks(), size)
+        masks = pictures.masks(size)
+        losses = weighted_losses(settings, size, len(pictures.styles), masks)
+        masks_at_places((loss.place for loss in losses), masks, size)
+        for style, shown in zip(pictures.styles, style_sizes(pictures.styles, size, settings), strict=True):
+            opaque_at_places(style, shown, [Place(layer, "style") for layer in settings.style_layers])
     if pictures.color_mask is not None and settings.preserve_color != "luma":
         raise UserError("--color_mask says where --preserve_color luma applies; give that flag as well")
 
@@ -959,23 +1003,25 @@ def saved_size(pictures: Pictures, settings: Settings) -> tuple[int, int]:
 def held_by(pictures: Pictures, settings: Settings, frames: int = 0) -> int:
     """Bytes that painting them holds beside what is computed, with an animation of so many frames."""
     coloured, masked = settings.preserve_color == "luma", pictures.color_mask is not None
-    return held_beside(pictures.named().values(), saved_size(pictures, settings), coloured, masked, frames)
+    clear = alpha_of(pictures.content) is not None
+    return held_beside(pictures.named().values(), saved_size(pictures, settings), coloured, masked, clear, frames)
 
 
 def finish(x: np.ndarray, content: np.ndarray, settings: Settings, color_mask: np.ndarray | None = None) -> np.ndarray:
     """The picture that is shown for x: rescaled, and with the content's colours where the mask is, if so set.
 
-    x: (H, W, 3) float in input space; content, color_mask: uint8 RGB at their own sizes -> uint8 RGB.
+    x: (H, W, 3) float in input space; content, color_mask: uint8 RGB at their own sizes -> uint8 RGB, or RGBA with the
+    content's alpha.
     """
     picture = from_input_space(x)
     if settings.rescale_image:
         picture = resize(picture, content.shape[:2], settings.rescale_method)
     if settings.preserve_color == "luma":
         # The content's chroma comes from its full size, so a rescaled picture has it sharp.
-        coloured = with_colours_of(resize(content, picture.shape[:2]), picture)
+        coloured = with_colours_of(filled(resize(content, picture.shape[:2])), picture)
         share = 1 if color_mask is None else mask_on_grid(color_mask, picture.shape[:2])
         picture = np.rint(share * coloured + (1 - share) * picture).astype(np.uint8)
-    return picture
+    return with_alpha_of(content, picture)
 
 
 def paint(
@@ -1114,7 +1160,7 @@ def objective_at(
 
 
 def shown_at(size: tuple[int, int], pictures: Pictures, settings: Settings) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The content and the styles as the network is shown them for a picture of (rows, columns), uint8 RGB."""
+    """The content and the styles as they are for a picture of (rows, columns), uint8 RGB, or with alpha."""
     content = resize(pictures.content, size)
     shapes = style_sizes(pictures.styles, size, settings)
     styles = [resize(style, shape) for style, shape in zip(pictures.styles, shapes, strict=True)]
@@ -1130,11 +1176,12 @@ def start_picture(pictures: Pictures, size: tuple[int, int], settings: Settings)
     if settings.init_image == "recolored":
         content, styles = shown_at(size, pictures, settings)
         masks = [mask_on_grid(mask, size) for mask in pictures.style_masks]
-        return to_input_space(recolour(content, styles, weights_of_styles(settings, len(styles)), masks))
+        recoloured = recolour(content, styles, weights_of_styles(settings, len(styles)), masks)
+        return to_input_space(filled(recoloured))
     start = pictures.content if pictures.start is None else pictures.start
     if settings.init_image == "gray":
-        start = np.asarray(Image.fromarray(start).convert("L").convert("RGB"))
-    return to_input_space(resize(start, size))
+        start = np.asarray(Image.fromarray(filled(start)).convert("L").convert("RGB"))
+    return to_input_space(filled(resize(start, size)))
 
 
 def carried_over(x: np.ndarray, size: tuple[int, int], pictures: Pictures, settings: Settings) -> np.ndarray:
@@ -1283,19 +1330,19 @@ def input_paths(arguments: argparse.Namespace, settings: Settings) -> list[str]:
 def read_inputs(arguments: argparse.Namespace, settings: Settings) -> Pictures:
     """All pictures that are named. Raises UserError if one cannot be read, or they do not go together."""
 
-    def read(path: str) -> np.ndarray:
-        picture, count = read_picture(path, arguments.allow_large)
-        if count > 1 and not arguments.quiet:
-            tell(f"'{path}' holds {count} pictures; the first is used")
+    def read(path: str, as_mask: bool = False) -> np.ndarray:
+        picture, notes = read_picture(path, arguments.allow_large, as_mask)
+        for note in notes if not arguments.quiet else []:
+            tell(f"'{path}' {note}")
         return picture
 
+    read_mask = functools.partial(read, as_mask=True)
     pictures = Pictures(
-        read(arguments.content),
-        tuple(map(read, arguments.style)),
-        tuple(map(read, arguments.style_masks)),
-        None if arguments.content_mask is None else read(arguments.content_mask),
-        None if arguments.color_mask is None else read(arguments.color_mask),
-        read_start(settings, arguments.allow_large),
+        *laid(read(arguments.content), map(read, arguments.style), settings),
+        tuple(map(read_mask, arguments.style_masks)),
+        None if arguments.content_mask is None else read_mask(arguments.content_mask),
+        None if arguments.color_mask is None else read_mask(arguments.color_mask),
+        read_start(settings, read),
     )
     check_agreement(pictures, settings)
     if len(arguments.style) > len(settings.style_weight) and not arguments.quiet:

@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from .disk import write_whole
 from .lbfgs import Curvature, from_arrays, to_arrays
 from .messages import UserError
 from .outputs import Log, csv_log, tensorboard_log, write_animation
-from .pictures import read_picture, resize
+from .pictures import resize
+from .profiles import png_tags
+from .reading import read_picture
 from .records import Iteration, State
 
 
@@ -99,8 +101,8 @@ class Outputs:
                 raise UserError(f"cannot make the folder '{path.parent}': '{folder}' is a file")
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise UserError(f"cannot write in the folder '{folder}': no permission")
-        # The state's float picture, and one saved picture that hardly compresses.
-        needed, free = size[0] * size[1] * 3 * (4 + 1) + self.keeps, shutil.disk_usage(folder).free
+        # The state's float picture, and one saved picture that hardly compresses, maybe with alpha.
+        needed, free = size[0] * size[1] * (3 * 4 + 4) + self.keeps, shutil.disk_usage(folder).free
         if free < needed:
             raise UserError(f"the disk of '{folder}' has {free} bytes free, and one iteration needs {needed}")
 
@@ -310,7 +312,7 @@ class Outputs:
         made: dict[str, Any] = {"iteration": number, "loss": loss}
         made |= {"at": f"{coarse_size[0]} x {coarse_size[1]} pixels"} if coarse_size else {}
         made |= {name: value for name, value in shaped_by.items() if name.endswith("SHA-256")}
-        text = PngImagePlugin.PngInfo()
+        text = png_tags()
         text.add_itxt("Software", f"deepstyle {self.made.get('version', '')}")
         text.add_itxt("deepstyle", json.dumps(made | self.made | {"exact": exact}))
         path = self.picture_path(number, coarse_size)

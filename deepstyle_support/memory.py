@@ -189,15 +189,18 @@ def needed_memory(
     return Needed(computing, needed, 900e6 + pixels * targets)
 
 
-def held_beside(inputs: Iterable[np.ndarray], saved: tuple[int, int], coloured: bool, masked: bool, frames: int) -> int:
+def held_beside(
+    inputs: Iterable[np.ndarray], saved: tuple[int, int], coloured: bool, masked: bool, clear: bool, frames: int
+) -> int:
     """Bytes that a run holds beside what is computed: its inputs, the picture that is saved, an animation's frames.
 
     saved: (rows, columns) of the pictures that are saved; coloured, masked: whether they get the content's colours,
-    everywhere or by a mask.
+    everywhere or by a mask; clear: whether they get its alpha.
     """
-    # By a pixel, as measured at 24 megapixels: 10, 21 and 38 bytes. An animation keeps 3 for each frame, and when it is
-    # written takes up to 9 more for each, and about 25 at once.
-    a_pixel = 10 + 11 * coloured + 17 * masked + (12 * frames + 25 if frames else 0)
+    # By a pixel, as measured at 24 megapixels: 10, 21 and 38 bytes; at 6 alpha takes 5 more. An animation keeps 3 or 4
+    # channels for each frame, and when it is written takes up to 3 times as much more for each, and about 25 at once.
+    channels = 4 if clear else 3
+    a_pixel = 10 + 11 * coloured + 17 * masked + 5 * clear + (4 * channels * frames + 25 if frames else 0)
     return sum(picture.nbytes for picture in inputs) + math.prod(saved) * a_pixel
 
 

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .disk import write_whole
+from .profiles import srgb_profile
 from .records import Iteration
+from .transparency import laid_on
 
 Log = Callable[[Iteration], None]
 
@@ -53,14 +56,30 @@ def tensorboard_log(folder: Path) -> Log:
 
 
 def write_animation(path: Path, frames: list[np.ndarray]) -> None:
-    """Save pictures, (H, W, 3) uint8 RGB, as a .gif, .webp or .mp4 that shows the last one for two seconds."""
+    """Save pictures, (H, W, 3) uint8 RGB, as a .gif, .webp or .mp4 that shows the last one for two seconds.
+
+    Of transparent ones, (H, W, 4), a .webp keeps the alpha, a .gif what is more than half opaque, and a .mp4, which
+    has none, shows them on white. A .webp is tagged as sRGB, which the others are taken for.
+    """
     import imageio.v3
 
+    frames = [with_alpha_that_shows(frame, path.suffix, frames[0].shape[2]) for frame in frames]
     if path.suffix == ".mp4":  # which has whole pairs of pixels only, and one duration for all frames
         rows, columns = (length // 2 * 2 for length in frames[0].shape[:2])
         frames = [frame[:rows, :columns] for frame in [*frames, *frames[-1:] * 6]]
         options: dict[str, Any] = {"plugin": "FFMPEG", "fps": 4, "macro_block_size": 2}
     else:
         options = {"plugin": "pillow", "duration": [250] * (len(frames) - 1) + [2000], "loop": 0}
+        options |= {"icc_profile": srgb_profile()} if path.suffix == ".webp" else {}
     data = imageio.v3.imwrite("<bytes>", np.stack(frames), extension=path.suffix, **options)
     write_whole(path, lambda file: file.write(data))
+
+
+def with_alpha_that_shows(frame: np.ndarray, kind: str, channels: int) -> np.ndarray:
+    """A frame with what this kind of file can have of its alpha, in files whose first frame has 3 or 4 channels."""
+    if channels == 3 or kind == ".mp4":
+        return laid_on(frame, "white")
+    frame = np.array(Image.fromarray(frame).convert("RGBA"))  # one that was saved, and turned out opaque, lacks it
+    if kind == ".gif":
+        frame[..., 3] = np.where(frame[..., 3] > 127, 255, 0)
+    return frame

@@ -1,16 +1,15 @@
-"""Pictures as arrays: reading them, sizes, colours, masks. No network, and nothing of what a setting decides."""
+"""Pictures as arrays: sizes, colours, masks. No network, and nothing of what a setting decides."""
 
-import contextlib
 import dataclasses
 import hashlib
-import warnings
-from collections.abc import Iterator
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .messages import UserError
+from .transparency import alpha_of
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -25,7 +24,8 @@ MEAN_BGR = np.array([103.939, 116.779, 123.68], np.float32)  # of the ImageNet t
 class Pictures:
     """What a run works on, each (H, W, 3) uint8 RGB of any size. Masks are white where something holds.
 
-    Raises UserError for another shape, and unless there are as many style masks as styles, or none.
+    What is no mask may be (H, W, 4), with alpha. Raises UserError for another shape, for what is all black or all
+    transparent, and unless there are as many style masks as styles, or none.
     """
 
     content: np.ndarray
@@ -37,8 +37,11 @@ class Pictures:
 
     def __post_init__(self) -> None:
         for name, picture in self.named().items():
-            if picture.shape[2:] != (3,) and not ("mask" in name and picture.ndim == 2):
+            known = [(3,), ()] if "mask" in name else [(3,), (4,)]
+            if picture.ndim not in (2, 3) or picture.shape[2:] not in known:
                 raise UserError(f"the {name} picture's shape is {picture.shape}; it must be (H, W, 3)")
+            if (alpha := alpha_of(picture)) is not None and not alpha.any():
+                raise UserError(f"the {name} picture is all transparent; --background COLOUR lays it on a colour")
             if "mask" in name and Image.fromarray(picture).convert("L").getbbox() is None:
                 raise UserError(f"the {name} is all black, so nothing is left; it must be white where something holds")
         if len(self.style_masks) not in (0, len(self.styles)):
@@ -54,9 +57,17 @@ class Pictures:
             named |= {f"{kind} {n}" if len(pictures) > 1 else kind: one for n, one in enumerate(pictures, 1)}
         return {name: picture for name, picture in named.items() if picture is not None}
 
-    def masks(self) -> dict[str, np.ndarray]:
-        """The masks by the names of their losses: "content", "style", or "style 2" of several."""
-        return {name.replace(" mask", ""): mask for name, mask in self.named().items() if "mask" in name}
+    def masks(self, size: tuple[int, int]) -> dict[str, dict[str, np.ndarray]]:
+        """What limits each kind of loss, "content", "style", or "style 2" of several: masks by name, to be multiplied.
+
+        Where the content is transparent nothing counts: its alpha, as it is at (rows, columns), limits all of them.
+        """
+        limits = {name.replace(" mask", ""): {name: mask} for name, mask in self.named().items() if "mask" in name}
+        if (alpha := alpha_of(self.content)) is not None:
+            shown = {"content's alpha": resize(alpha, size)}
+            for kind in ("content", *([name for name in limits if name.startswith("style")] or ["style"])):
+                limits[kind] = limits.get(kind, {}) | shown
+        return limits
 
     def digests(self) -> dict[str, str]:
         """The SHA-256 of each picture's shape and pixels, by a name in words."""
@@ -68,71 +79,29 @@ class Pictures:
         return digests
 
 
-def read_picture(path: str, allow_large: bool = False) -> tuple[np.ndarray, int]:
-    """Any picture Pillow reads, upright, opaque on white, (H, W, 3) uint8 RGB; and how many it holds.
-
-    Of several (an animation, pages) the first is taken. Raises UserError if it is missing, cannot be
-    read, is a single pixel, or without `allow_large` is over Pillow's limit of pixels.
-    """
-    limit = Image.MAX_IMAGE_PIXELS
-    try:
-        with pixel_limit(lifted=allow_large), Image.open(path) as file:
-            pictures = getattr(file, "n_frames", 1)
-            picture = np.asarray(to_rgb(ImageOps.exif_transpose(file)))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UserError(f"'{path}' has more than Pillow's limit of {limit} pixels; --allow_large lifts it") from error
-    except Image.UnidentifiedImageError as error:
-        raise UserError(f"'{path}' is no picture that Pillow can read") from error
-    except Exception as error:  # on damaged files Pillow's decoders raise almost anything
-        raise UserError(f"cannot read the picture '{path}': {getattr(error, 'strerror', None) or error}") from error
-    if picture.shape[0] * picture.shape[1] == 1:
-        raise UserError(f"'{path}' is a single pixel; a picture is needed")
-    return picture, pictures
-
-
-@contextlib.contextmanager
-def pixel_limit(lifted: bool) -> Iterator[None]:
-    """Pillow's limit of pixels against decompression bombs: an error within, also where it warns, or lifted."""
-    limit = Image.MAX_IMAGE_PIXELS
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if lifted:
-                Image.MAX_IMAGE_PIXELS = None  # Pillow has no other way
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as 8-bit RGB: grey of 16, 32 bits or floats scaled, transparency on white."""
-    if picture.mode.startswith(("I", "F")):
-        # Pillow's own conversion clips at 255 instead of scaling what white is to 255: by the format 1 for floats and
-        # 65535 for 16 bits; of 32 bits only what is used.
-        grey = np.nan_to_num(np.asarray(picture).astype(np.float64))
-        usual = [1, 255, 65535] if picture.mode == "F" else [65535, 2**32 - 1]
-        white = next((most for most in usual if grey.max() <= most), grey.max())
-        picture = Image.fromarray(np.clip(np.rint(grey / white * 255), 0, 255).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
 def resize(picture: np.ndarray, size: tuple[int, int], method: str = "bilinear") -> np.ndarray:
-    """picture: (H, W, 3) uint8, resized by Pillow to (rows, columns, 3) uint8."""
+    """picture: (H, W, 3) uint8, or (H, W, 4) with alpha, resized by Pillow to (rows, columns, 3 or 4) uint8.
+
+    Of transparent ones Pillow weights the colours by their alpha, so what is beneath does not show.
+    """
     rows, columns = size
     return np.asarray(Image.fromarray(picture).resize((columns, rows), RESAMPLING[method]))
 
 
-def mask_on_grid(mask: np.ndarray, size: tuple[int, int], stride: int = 1) -> np.ndarray:
+def mask_on_grid(mask: np.ndarray | Collection[np.ndarray], size: tuple[int, int], stride: int = 1) -> np.ndarray:
     """mask: (H, W) or (H, W, 3) uint8 -> (h, w, 1) float32 in 0..1: its mean over each position of a layer.
 
-    size: (rows, columns) of the generated picture, stride: its pixels from one position to the next.
+    Several masks, of any sizes, are multiplied. size: (rows, columns) of the generated picture, stride: its pixels from
+    one position to the next.
     """
-    grey = Image.fromarray(mask).convert("L").convert("F").resize(size[::-1], Image.Resampling.BOX)
+    values, *others = (
+        np.asarray(Image.fromarray(one).convert("L").convert("F").resize(size[::-1], Image.Resampling.BOX))
+        for one in ([mask] if isinstance(mask, np.ndarray) else mask)
+    )
+    for other in others:
+        values = values * (other / 255)
     rows, columns = (length // stride for length in size)  # pooling leaves out what remains
-    blocks = np.asarray(grey)[: rows * stride, : columns * stride].reshape(rows, stride, columns, stride, 1)
+    blocks = values[: rows * stride, : columns * stride].reshape(rows, stride, columns, stride, 1)
     return blocks.mean((1, 3)) / 255
 
 
@@ -162,7 +131,7 @@ def with_colours_of(content: np.ndarray, picture: np.ndarray) -> np.ndarray:
 
 
 def match_colours(style: np.ndarray, content: np.ndarray) -> np.ndarray:
-    """The style with the mean and covariance of the content's colours; all (H, W, 3) uint8 RGB.
+    """The style with the mean and covariance of the content's colours; all (H, W, 3) uint8 RGB, or with alpha.
 
     Each pixel p becomes A (p - mean_style) + mean_content with A = S_content^(1/2) S_style^(-1/2), S being the
     covariance of RGB (Gatys et al. 2016, arXiv 1606.05897, section 5.1).
@@ -179,8 +148,13 @@ class Colours(NamedTuple):
 
 
 def colours(picture: np.ndarray, mask: np.ndarray | None = None) -> Colours:
-    """Of a picture, (H, W, 3) uint8, each pixel counting as much as the mask, (H, W, 1) floats, is there."""
-    pixels, counts = picture.reshape(-1, 3).astype(np.float64), None if mask is None else mask.ravel()
+    """Of a picture, (H, W, 3) uint8, each pixel counting as much as the mask, (H, W, 1) floats, is there.
+
+    With alpha, (H, W, 4), it counts only as much as it is opaque.
+    """
+    if (alpha := alpha_of(picture)) is not None:
+        mask = alpha[..., None] / 255 * (1.0 if mask is None else mask)
+    pixels, counts = picture[..., :3].reshape(-1, 3).astype(np.float64), None if mask is None else mask.ravel()
     covariance = np.cov(pixels.T, aweights=counts, ddof=1 if mask is None else 0)  # a mask may leave a single pixel
     return Colours(np.average(pixels, 0, counts), covariance)
 
@@ -194,7 +168,7 @@ def mixture(parts: list[Colours], shares: list[float]) -> Colours:
 
 
 def with_colours(picture: np.ndarray, own: Colours, wanted: Colours) -> np.ndarray:
-    """The picture with the wanted mean and covariance instead of its own; (H, W, 3) uint8 RGB."""
+    """The picture with the wanted mean and covariance instead of its own; (H, W, 3) uint8 RGB, or with its alpha."""
 
     def root(covariance: np.ndarray, inverse: bool) -> np.ndarray:
         variances, axes = np.linalg.eigh(covariance)
@@ -203,7 +177,8 @@ def with_colours(picture: np.ndarray, own: Colours, wanted: Colours) -> np.ndarr
         return axes * roots @ axes.T
 
     change = root(wanted.covariance, inverse=False) @ root(own.covariance, inverse=True)
-    return np.clip(np.rint((picture - own.mean) @ change.T + wanted.mean), 0, 255).astype(np.uint8)
+    recoloured = np.clip(np.rint((picture[..., :3] - own.mean) @ change.T + wanted.mean), 0, 255).astype(np.uint8)
+    return np.dstack([recoloured, picture[..., 3:]])
 
 
 def recolour(
@@ -212,7 +187,7 @@ def recolour(
     """The content with the mean and covariance of the styles' colours, mixed by their weights.
 
     With masks, (H, W, 1) floats from 0 to 1, each style gives its own region its own colours; where no mask is, the
-    content stays as it is. content, styles: (H, W, 3) uint8 RGB -> the content's shape.
+    content stays as it is. content, styles: (H, W, 3) uint8 RGB, or with alpha -> the content's shape.
     """
     if not sum(weights):
         return content
@@ -224,5 +199,6 @@ def recolour(
     recoloured = sum(
         share * with_colours(content, colours(content, mask), colours(style))
         for share, mask, style in zip(shares, masks, styles, strict=True)
+        if share.any()
     ) / np.maximum(sum(shares), np.finfo(np.float64).tiny)
     return np.rint(covered * recoloured + (1 - covered) * content).astype(np.uint8)

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from .messages import UserError, words
-from .pictures import pixel_limit
+from .reading import pixel_limit
 
 
 def read_made(path: str) -> dict[str, Any]:

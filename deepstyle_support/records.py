@@ -35,7 +35,7 @@ class Iteration(NamedTuple):
     """What one iteration, or a part of it, brought. The three losses, weighted, add up to `loss`, as do its parts."""
 
     number: int
-    picture: np.ndarray  # (H, W, 3) uint8 RGB, of the size of the last one
+    picture: np.ndarray  # (H, W, 3) uint8 RGB, of the size of the last one; RGBA if the content has alpha
     own_size: np.ndarray  # the same, but at a coarse size of that size
     loss: float
     content_loss: float

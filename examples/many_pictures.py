@@ -29,10 +29,11 @@ def paint(content: str, style: str, out: str, threads: int, options: dict) -> st
 
     import deepstyle
     from deepstyle_support.disk import write_whole
+    from deepstyle_support.profiles import png_tags
 
     pictures = (deepstyle.read_picture(path)[0] for path in (content, style))
     *_, last = deepstyle.stylize(*pictures, **options)
-    write_whole(Path(out), lambda file: Image.fromarray(last.picture).save(file, format="PNG"))
+    write_whole(Path(out), lambda file: Image.fromarray(last.picture).save(file, format="PNG", pnginfo=png_tags()))
     return out
 
 

@@ -137,6 +137,10 @@ ROWS = [
     (["cut.png", *RUN[1:]], "cannot read the picture 'cut.png'"),
     ([RUN[0], "cut.png", RUN[2]], "cannot read the picture 'cut.png'"),
     (["dot.png", *RUN[1:]], "'dot.png' is a single pixel"),
+    (["raw.dng", *RUN[1:]], "'raw.dng' is a camera's raw file: develop it with"),
+    (["clear.png", *RUN[1:]], "the content picture is all transparent; --background COLOUR lays it on a colour"),
+    ([*RUN, "--background", "reddish"], "--background is 'reddish'; it must be a colour's name, like red, or #rrggbb"),
+    ([*RUN, "--background", ""], "--background is ''"),
     ([RUN[0], "dot.png", RUN[2]], "'dot.png' is a single pixel"),
     (["tall.png", *RUN[1:]], "400 x 4 pixels, but needs at least 32 on each side"),
     (["wide.png", *RUN[1:], "--image_size", "30"], "30 x 3000 pixels, but needs at least 32 on each side"),
@@ -183,6 +187,8 @@ def folder(tmp_path_factory, untrained):
     for name in ("cut.png", "cut.jpg"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[: len(content) // 2])
+    good.save(folder / "raw.dng", format="TIFF")
+    Image.new("RGBA", (48, 48)).save(folder / "clear.png")
     (folder / "folder").mkdir()
     (folder / "empty.jpg").touch()
     (folder / "text.jpg").write_text("a picture, they said\n")
@@ -264,8 +270,8 @@ def test_odd_pictures_work_and_several_in_one_file_get_a_note(tmp_path, capfd):
         assert status == 0, said
         assert (note in said) if note else said == ""
         assert Image.open(tmp_path / f"{path.stem}_at_iteration_1.png").size == (41, 32)
-    first, frames = deepstyle.read_picture(str(tmp_path / "odd" / "pages.tif"))
-    assert frames == 3
+    first, notes = deepstyle.read_picture(str(tmp_path / "odd" / "pages.tif"))
+    assert notes == ["holds 3 pictures; the first is used"]
     np.testing.assert_array_equal(first, smooth_picture(3, 40, 52))
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 import deepstyle
 from deepstyle import Settings
 from deepstyle_support.pictures import MEAN_BGR, RESAMPLING, enlarge, from_input_space, resize
+from deepstyle_support.transparency import laid_on
 
 
 def read(path):
@@ -24,23 +25,29 @@ def test_exif_orientation_is_honoured(tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "turned.png"), expected)
 
 
-def test_transparency_is_composited_on_white(tmp_path):
+def test_transparency_is_read_as_alpha_of_a_palette_as_well(tmp_path):
     pixels = np.zeros((2, 2, 4), np.uint8)
     pixels[..., 0] = 200
     pixels[..., 3] = [[0, 255], [128, 255]]
     Image.fromarray(pixels).save(tmp_path / "clear.png")
-    picture = read(tmp_path / "clear.png")
-    assert picture[0, 0].tolist() == [255, 255, 255]
-    assert picture[0, 1].tolist() == [200, 0, 0]
-    assert picture[1, 0].tolist() == pytest.approx([227, 127, 127], abs=1)
-
-
-def test_transparent_palette_colour_becomes_white(tmp_path):
+    np.testing.assert_array_equal(read(tmp_path / "clear.png"), pixels)
     picture = Image.new("P", (2, 1))
     picture.putpalette([10, 20, 30, 40, 50, 60])
     picture.putpixel((1, 0), 1)
     picture.save(tmp_path / "palette.png", transparency=1)
-    assert read(tmp_path / "palette.png").tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    assert read(tmp_path / "palette.png").tolist() == [[[10, 20, 30, 255], [40, 50, 60, 0]]]
+    Image.fromarray(pixels[..., 3]).save(tmp_path / "grey.png", transparency=128)
+    assert read(tmp_path / "grey.png")[..., 3].tolist() == [[255, 255], [0, 255]]
+    Image.fromarray(pixels | np.uint8([0, 0, 0, 255])).save(tmp_path / "opaque.png")
+    np.testing.assert_array_equal(read(tmp_path / "opaque.png"), pixels[..., :3])
+
+
+def test_what_is_laid_on_a_colour_is_mixed_with_it():
+    clear = np.array([[[200, 0, 0, 0], [200, 0, 0, 255], [200, 0, 0, 128]]], np.uint8)
+    laid = laid_on(clear, "white")[0].tolist()
+    assert laid[:2] == [[255, 255, 255], [200, 0, 0]]
+    assert laid[2] == pytest.approx([227, 127, 127], abs=1)
+    assert laid_on(clear, None) is clear
 
 
 def test_grey_becomes_rgb(tmp_path):
