@@ -266,7 +266,7 @@ def run_out_above(columns, monkeypatch, after=0):
 def test_what_runs_out_of_memory_is_computed_again_in_smaller_tiles(untrained, monkeypatch, after):
     content, style = smooth_picture(1, 40, 230), smooth_picture(2, 40, 230)
     whole = deepstyle.Objective(content, style, weights=untrained)
-    told = []
+    told: list[int] = []
     run_out_above(210, monkeypatch, after)
     short = deepstyle.Objective(content, style, weights=untrained, on_smaller_tiles=told.append)
     x = deepstyle.to_input_space(content) + np.random.default_rng(3).normal(0, 20, content.shape)
@@ -301,7 +301,7 @@ def test_memory_that_runs_out_in_mid_run_loses_nothing_and_is_said(untrained, mo
 
 
 def test_what_runs_out_in_the_smallest_tiles_too_is_one_line(untrained, monkeypatch):
-    told = []
+    told: list[int] = []
     run_out_above(0, monkeypatch)
     content = smooth_picture(1, 40, 350)
     with pytest.raises(deepstyle.UserError, match="out of memory even in the smallest tiles; lower --image_size"):
