@@ -188,7 +188,7 @@ def test_without_a_sign_of_a_gpu_the_backend_is_not_loaded_to_ask_it(monkeypatch
 
 def test_a_gpu_that_the_backend_does_not_use_does_not_count(monkeypatch):
     monkeypatch.setattr(device, "may_have_a_gpu", lambda: True)  # and nvidia-smi would tell of it
-    with_driver(monkeypatch, Driver())
+    monkeypatch.setattr(device, "tensorflow_memory", lambda: pytest.fail("it is not TensorFlow's"))
     assert "cpu" in str(backend.import_keras().ops.zeros(()).device).lower()
     assert gpu_memory() == Memory(0, 0)
     assert describe_device() == f"{os.cpu_count()} CPU cores with tensorflow"
