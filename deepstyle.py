@@ -1157,8 +1157,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     outputs = outputs_of(arguments)
     totals = iterations_at_sizes([*coarser, size], settings)
     frames = 1 + sum(totals.values()) if outputs.animation else 0
-    outputs.check(input_paths(arguments, settings), saved_size(pictures, settings))
     plan = plan_memory(size, settings, held_by(pictures, settings, frames))
+    outputs.check(input_paths(arguments, settings), saved_size(pictures, settings))
     weights, source = load_weights(settings.weights, settings.seed, settings.model)
     from rich.console import Console
 
