@@ -31,12 +31,13 @@ try:
     import numpy as np
     from PIL import Image, ImageColor
 
-    from deepstyle_support.backend import all_finite, as_array, describe_device, import_keras, parts_and_gradient
+    from deepstyle_support.backend import all_finite, as_array, import_keras, out_of_memory, parts_and_gradient
     from deepstyle_support.callbacks import Closed, as_generator
     from deepstyle_support.convolution import Kernel, convolve, kernel_on_device
+    from deepstyle_support.device import describe_device
     from deepstyle_support.files import Outputs, base_path
     from deepstyle_support.lbfgs import Curvature, device_lbfgs, kept_bytes
-    from deepstyle_support.memory import SMALLEST, Plan, held_beside, plan_memory
+    from deepstyle_support.memory import SMALLEST, Plan, held_beside, plan_memory, smaller_tile
     from deepstyle_support.messages import Stream, UserError, require_choice, say, tell, words
     from deepstyle_support.pictures import (
         MEAN_BGR,
@@ -608,8 +609,9 @@ class Objective:
     matrices are sums over positions, so the tiles' add up to the picture's, from which the style losses follow, and
     each tile's gradient adds to the picture's where its window is.
 
-    Calling it with x, (H, W, 3) float in input space, returns (loss: float, gradient: (H, W, 3) float64). Raises
-    UserError for a bad option.
+    Calling it with x, (H, W, 3) float in input space, returns (loss: float, gradient: (H, W, 3) float64). Where memory
+    runs out it goes on in smaller tiles, of which `on_smaller_tiles` is told the pixels. Raises UserError for a bad
+    option.
     """
 
     def __init__(
@@ -620,6 +622,7 @@ class Objective:
         style_masks: Iterable[np.ndarray] = (),
         content_mask: np.ndarray | None = None,
         weights: Weights | str | None = None,
+        on_smaller_tiles: Callable[[int], None] = lambda tile: None,
         **options: Any,
     ):
         settings = Settings(**options)
@@ -629,12 +632,13 @@ class Objective:
         self.size = content.shape[0], content.shape[1]
         self.model = settings.model
         self.tile = int(settings.tile) if settings.tile.isdigit() else None
+        self.on_smaller_tiles = on_smaller_tiles
         masks = pictures.masks(self.size)
         losses = weighted_losses(settings, self.size, len(pictures.styles), masks)
         placed = masks_at_places((loss.place for loss in losses), masks, self.size)
         self.of_tile = TileLosses(losses, placed, self.size, weights, settings)
-        content_targets = self._content_targets(to_input_space(filled(pictures.content)))
-        self.of_tile.aim(content_targets, self._style_targets(pictures.styles))
+        content_targets = self._in_memory(self._content_targets, to_input_space(filled(pictures.content)))
+        self.of_tile.aim(content_targets, self._in_memory(self._style_targets, pictures.styles))
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         evaluation = self.evaluate(x)
@@ -645,11 +649,29 @@ class Objective:
 
         Raises UserError, status 1, if they are not finite.
         """
-        parts, gradient = self._two_passes(self.of_tile, x)
+        parts, gradient = self._in_memory(self._two_passes, self.of_tile, x)
         evaluation = Evaluation(parts, gradient)
         if not (math.isfinite(evaluation.loss) and all_finite(gradient)):
             raise UserError(f"the {self._part_gone_wrong(x)} loss is no longer finite; lower its weight", status=1)
         return evaluation
+
+    def _in_memory(self, compute: Callable, *given: Any) -> Any:
+        """compute(*given), again in smaller tiles each time that memory runs out: only the rounding differs.
+
+        Raises UserError, status 1, if it runs out in the smallest tiles too.
+        """
+        while True:
+            try:
+                return compute(*given)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                tile = smaller_tile(self.size, self.tile)
+                if not tile:
+                    raise UserError("out of memory even in the smallest tiles; lower --image_size", status=1) from error
+            # Only here: as long as the error is handled, it holds on to what was computed until then.
+            self.tile = tile
+            self.on_smaller_tiles(tile)
 
     def _two_passes(self, of_tile: TileLosses, x: Tensor) -> tuple[dict[str, float], Tensor]:
         """Each part and the gradient of all of x: two maps over the tiles, with the sum of Grams between them."""
@@ -1032,10 +1054,12 @@ def paint(
     state: State | None = None,
     on_evaluation: Callable[[tuple[int, int], int, float], None] = lambda size, count, loss: None,
     stop: Callable[[], bool] = lambda: False,
+    on_smaller_tiles: Callable[[int], None] = lambda tile: None,
 ) -> Generator[Iteration, None, None]:
     """`stylize` for settings, weights and maybe a plan that are at hand, going on from `state` if there is one.
 
-    `on_evaluation` is told the size that is painted, and what `minimise` tells; `stop` is as there.
+    `on_evaluation` is told the size that is painted, and what `minimise` tells; `stop` is as there, and
+    `on_smaller_tiles` as in Objective.
     """
     shaped_by = state.shaped_by if state else what_shapes(pictures, settings, weights)
     sizes = picture_sizes(pictures.content.shape, settings)
@@ -1048,11 +1072,12 @@ def paint(
         if x.shape[:2] != size:
             x = carried_over(x, size, pictures, settings)
         if not state:
-            state = State(x, np.empty((0, 4)), shaped_by, 0, False, way if exact else "")
+            state = State(x, np.empty((0, 4)), shaped_by, 0, False)
         watch = functools.partial(on_evaluation, size)
-        objective, full = objective_at(size, pictures, settings, weights, plan.tile), size == sizes[-1]
+        objective = objective_at(size, pictures, settings, weights, plan.tile, on_smaller_tiles)
+        full = size == sizes[-1]
         for reached in iterations_at(objective, state, settings, full, totals[size], watch, stop, plan.history):
-            x = reached.state.x
+            x, exact = reached.state.x, exact and objective.tile == plan.tile
             shown = x if full else enlarge(x.astype(np.float32), sizes[-1])
             picture = finish(shown, pictures.content, settings, pictures.color_mask)
             as_it_is = dataclasses.replace(settings, rescale_image=False)
@@ -1060,6 +1085,7 @@ def paint(
                 picture=picture,
                 own_size=picture if full else finish(x, pictures.content, as_it_is, pictures.color_mask),
                 exact=exact and not reached.state.partial,
+                state=dataclasses.replace(reached.state, way=way if exact else ""),
             )
         if stop():
             return
@@ -1094,13 +1120,7 @@ def iterations_at(
             partial = accepted.count < number * EVALUATIONS_PER_ITERATION
             losses += [] if partial else [row]
             reached = State(
-                as_array(accepted.x),
-                np.array(losses),
-                state.shaped_by,
-                accepted.count,
-                partial,
-                state.way,
-                accepted.learnt,
+                as_array(accepted.x), np.array(losses), state.shaped_by, accepted.count, partial, learnt=accepted.learnt
             )
             improvement = 100 * (before - row[0]) / before if before else 0.0
             yield Iteration(
@@ -1151,12 +1171,18 @@ def iterations_at_sizes(sizes: list[tuple[int, int]], settings: Settings) -> dic
 
 
 def objective_at(
-    size: tuple[int, int], pictures: Pictures, settings: Settings, weights: Weights, tile: int | None
+    size: tuple[int, int],
+    pictures: Pictures,
+    settings: Settings,
+    weights: Weights,
+    tile: int | None,
+    on_smaller_tiles: Callable[[int], None] = lambda tile: None,
 ) -> Objective:
     """The objective for the pictures resized for (rows, columns), whole or in tiles."""
     content, styles = shown_at(size, pictures, settings)
-    masks: dict[str, Any] = {"style_masks": pictures.style_masks, "content_mask": pictures.content_mask}
-    return Objective(content, styles, **masks, **vars(settings) | {"weights": weights, "tile": str(tile or "off")})
+    given: dict[str, Any] = {"style_masks": pictures.style_masks, "content_mask": pictures.content_mask}
+    given |= {"weights": weights, "tile": str(tile or "off"), "on_smaller_tiles": on_smaller_tiles}
+    return Objective(content, styles, **vars(settings) | given)
 
 
 def shown_at(size: tuple[int, int], pictures: Pictures, settings: Settings) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -1256,10 +1282,16 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
             console.print("what L-BFGS learns would be gigabytes and is not kept: after --resume it is learnt again")
         if coarser and (coarse or not state):
             console.print("first " + ", then ".join(f"{rows} x {columns}" for rows, columns in coarser) + " pixels")
+
+        def on_smaller_tiles(tile: int) -> None:
+            console.print(f"out of memory: trying again in tiles of at most {tile} pixels")
+
         start = start_picture(pictures, size, settings)
         outputs.begin(lambda: finish(start, pictures.content, settings, pictures.color_mask), totals, state)
         with signals_as_wishes() as received, progress_bar(console, totals, EVALUATIONS_PER_ITERATION) as on_evaluation:
-            iterations = paint(pictures, settings, weights, plan, state, on_evaluation, stop=lambda: bool(received))
+            iterations = paint(
+                pictures, settings, weights, plan, state, on_evaluation, lambda: bool(received), on_smaller_tiles
+            )
             last = save_all(iterations, outputs, totals, console.print)
     if received:
         tell(describe_stop(last, done))

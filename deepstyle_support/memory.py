@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import math
 import re
-import subprocess
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -13,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import psutil
 
+from .device import gpu_memory
 from .messages import UserError
 from .vgg import CHANNELS, halo, stride
 
@@ -47,13 +47,17 @@ class Plan(NamedTuple):
 
     tile: int | None  # pixels of a tile's side at most; None: the whole picture at once
     history: int  # corrections that L-BFGS keeps
-    needed: float  # bytes at the peak, estimated; on a GPU as well as here
+    needed: float  # bytes at the peak, estimated; without those on a GPU
     free: float
+    on_gpu: tuple[float, float] | None = None  # bytes needed and free there
 
     def in_words(self, wished_history: int) -> str:
         """How and in how much memory the picture is computed."""
         way = f"in tiles of at most {self.tile} pixels" if self.tile else "as a whole"
         said = f"{way}, with about {self.needed / 1e9:.1f} GB of memory of {self.free / 1e9:.1f} GB free"
+        if self.on_gpu:
+            needed, free = self.on_gpu
+            said += f", and {needed / 1e9:.1f} GB on the GPU of {free / 1e9:.1f} GB free"
         if self.history < wished_history:
             said += f"; for lack of it L-BFGS keeps {self.history} corrections instead of {wished_history}"
         return said
@@ -119,8 +123,18 @@ def way_that_fits(size: tuple[int, int], settings: Wishes, free: float, gpu_free
     if history < fewest:
         return None
     needed = needed_memory(size, tile, int(history), *network_of(settings))
-    here, _ = needed.shared(bool(gpu_free), settings.optimizer)
-    return Plan(tile if tile and tile < side else None, int(history), here, free)
+    here, on_gpu = needed.shared(bool(gpu_free), settings.optimizer)
+    whole_or_tile = tile if tile and tile < side else None
+    return Plan(whole_or_tile, int(history), here, free, (on_gpu, gpu_free) if gpu_free else None)
+
+
+def smaller_tile(size: tuple[int, int], tile: int | None) -> int | None:
+    """Pixels of tiles half as large as those, or as the whole picture, but no less than 128; None if they are not more.
+
+    For a picture of (rows, columns) that did not fit after all.
+    """
+    side = min(max(size), tile or max(size))
+    return max(SMALL_TILE, side // 2 // 16 * 16) if side > SMALL_TILE else None
 
 
 def given_tile(settings: Wishes) -> int | None:
@@ -205,16 +219,12 @@ def held_beside(
 
 
 def free_memory(cap: float) -> tuple[float, float]:
-    """Bytes that this process can have, and on the GPU (0 if there is none); each at most `cap` GB unless that is 0.
+    """Bytes that this process can have, and of a GPU, 0 if none are known; each at most `cap` GB unless that is 0.
 
     It is what the machine has free, or less if a cgroup leaves less.
     """
+    gpu = gpu_memory().free  # first, since it may load the backend, which takes memory here
     limits: list[float] = [psutil.virtual_memory().available, *left_by_cgroups()]
-    gpu = 0.0
-    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, IndexError):
-        query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        gpu = int(said.splitlines()[0]) * 2**20
     if cap:
         limits.append(cap * 1e9)
         gpu = min(gpu, cap * 1e9)

@@ -1,6 +1,10 @@
 """What a run writes besides its pictures and state: the log, TensorBoard's events, the animation."""
 
+import io
+import os
 import re
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,21 +42,49 @@ def csv_log(path: Path) -> Log:
 
 
 def tensorboard_log(folder: Path) -> Log:
-    """A function that writes an iteration's losses and picture where TensorBoard looks for them."""
-    import tensorflow as tf
+    """A function that writes an iteration's losses and picture where TensorBoard looks for them.
 
-    writer = tf.summary.create_file_writer(str(folder))
+    It needs no TensorFlow, which would take a GPU's memory beside another backend: TensorBoard's own writer of files
+    loads it where it is installed, so only its records and messages are used, in a file named as it names them.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    now = time.time()
+    path = folder / f"events.out.tfevents.{int(now):010}.{socket.gethostname()}.{os.getpid()}.{time.time_ns() % 10**9}"
+
+    def write(*events: Any) -> None:
+        with path.open("ab") as file:
+            for event in events:
+                RecordWriter(file).write(event.SerializeToString())
 
     def log(iteration: Iteration) -> None:
         rows, columns = iteration.state.size
         group = f"{rows}x{columns}/" if iteration.coarse else ""  # by what is before the slash
-        with writer.as_default(step=iteration.number):
-            for name, value in {"loss": iteration.loss, **iteration.parts}.items():
-                tf.summary.scalar(group + name.replace(" conv", "/conv"), value)
-            tf.summary.image(f"{group}picture", iteration.own_size[None])
-        writer.flush()
+        losses = {"loss": iteration.loss, **iteration.parts}
+        shown = [scalar_pb(group + name.replace(" conv", "/conv"), value) for name, value in losses.items()]
+        shown.append(Summary(value=[picture_value(f"{group}picture", iteration.own_size)]))
+        write(*(Event(wall_time=time.time(), step=iteration.number, summary=summary) for summary in shown))
 
+    write(Event(wall_time=now, file_version="brain.Event:2"))
     return log
+
+
+def picture_value(tag: str, picture: np.ndarray) -> Any:
+    """A picture, (H, W, 3) uint8 RGB, as TensorBoard's summaries hold it: its columns, its rows and a PNG, as texts."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.image.metadata import create_summary_metadata
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    png = io.BytesIO()
+    Image.fromarray(picture).save(png, format="PNG")
+    rows, columns = picture.shape[:2]
+    texts = make_tensor_proto([str(columns).encode(), str(rows).encode(), png.getvalue()])
+    metadata = create_summary_metadata(display_name=None, description=None)
+    return Summary.Value(tag=tag, tensor=texts, metadata=metadata)
 
 
 def write_animation(path: Path, frames: list[np.ndarray]) -> None:

@@ -41,7 +41,7 @@ def description(path: str, defaults: dict[str, Any]) -> str:
     again = (
         "makes it again"
         if made["exact"]
-        else "comes close to it, not bit for bit, since the run was stopped on the way"
+        else "comes close to it, not bit for bit, since the run was stopped, or short of memory, on the way"
     )
     lines = [f"{name}: {value}" for name, value in made.items() if isinstance(value, str | float | int)]
     at = f" at {made['at']}" if "at" in made else ""

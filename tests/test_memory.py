@@ -6,12 +6,14 @@ import weakref
 import numpy as np
 import pytest
 from conftest import smooth_picture
+from PIL import Image
 
 import deepstyle
 from deepstyle import Settings
 from deepstyle_support import memory
 from deepstyle_support.backend import import_keras
-from deepstyle_support.memory import free_memory, needed_memory
+from deepstyle_support.device import Memory
+from deepstyle_support.memory import free_memory, needed_memory, smaller_tile
 from deepstyle_support.vgg import halo
 
 GB = 10**9
@@ -130,7 +132,7 @@ def test_free_memory_is_the_least_of_what_machine_cgroup_and_user_allow(monkeypa
     monkeypatch.setattr(memory.Path, "read_text", read_text)
     available = type("Memory", (), {"available": 4_096_000_000})
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: available)
-    monkeypatch.setattr(memory.subprocess, "run", lambda command, **options: type("Said", (), {"stdout": ""}))
+    monkeypatch.setattr(memory, "gpu_memory", Memory)
     assert free_memory(0.0) == (4_096_000_000, 0)
     files |= {f"{own}max": "max\n", f"{own}current": "5\n", f"{own}stat": ""}
     assert free_memory(0.0) == (4_096_000_000, 0)
@@ -138,9 +140,9 @@ def test_free_memory_is_the_least_of_what_machine_cgroup_and_user_allow(monkeypa
     files |= {f"{own}max": "3500000000\n", f"{own}current": "900000000\n", f"{own}stat": "inactive_file 400000000\n"}
     assert free_memory(0.0) == (3_000_000_000, 0)
     assert free_memory(2.5) == (2_500_000_000, 0)
-    said = type("Said", (), {"stdout": "8000\n16000\n"})
-    monkeypatch.setattr(memory.subprocess, "run", lambda command, **options: said)
-    assert free_memory(0.0) == (3_000_000_000, 8000 * 2**20)
+    monkeypatch.setattr(memory, "gpu_memory", lambda: Memory(8e9, 16e9))
+    assert free_memory(0.0) == (3_000_000_000, 8e9)
+    assert free_memory(2.5) == (2_500_000_000, 2.5e9)
 
 
 def test_a_picture_is_tiled_only_when_it_has_to_be_with_the_largest_tiles(monkeypatch):
@@ -222,9 +224,15 @@ def test_a_picture_that_does_not_fit_is_refused_with_the_size_that_does(monkeypa
 def test_the_network_has_to_fit_on_the_gpu_and_only_the_rest_here(monkeypatch):
     size = (1500, 1500)
     have(monkeypatch, 3, gpu=80)
-    assert deepstyle.plan_memory(size, Settings())[:2] == (None, 10)
+    plan = deepstyle.plan_memory(size, Settings())
+    assert plan[:2] == (None, 10)
+    needed = needed_memory(size, None, 10)
+    assert (plan.needed, plan.on_gpu) == (needed.vectors + needed.rest, (needed.computing, 80 * GB))
+    assert plan.in_words(10).endswith(f", and {needed.computing / 1e9:.1f} GB on the GPU of 80.0 GB free")
     have(monkeypatch, 3, gpu=4)
-    assert deepstyle.plan_memory(size, Settings()).tile
+    plan = deepstyle.plan_memory(size, Settings())
+    assert plan.tile
+    assert plan.on_gpu[0] <= 4 * GB < needed_memory(size, None, 10)[0]
     have(monkeypatch, 1, gpu=80)
     with pytest.raises(deepstyle.UserError, match=r"80\.0 GB on the GPU"):
         deepstyle.plan_memory(size, Settings())
@@ -237,3 +245,83 @@ def test_a_tiled_run_paints_the_same_picture(untrained):
         for tile in ("off", "64")
     )
     assert np.abs(whole.astype(int) - tiled).max() <= 2
+
+
+def run_out_above(columns, monkeypatch, after=0):
+    """Let tiles whose windows are wider run out of memory as the backend does it, after so many that do not."""
+    computed = []
+    for name in ("parts_and_gradient", "grams", "own_features"):
+        compute = getattr(deepstyle.TileLosses, name)
+
+        def limited(self, tile, *given, compute=compute):
+            computed.append(tile)
+            if len(computed) > after and tile.window[1].stop - tile.window[1].start > columns:
+                import_keras().ops.zeros((2**50,))
+            return compute(self, tile, *given)
+
+        monkeypatch.setattr(deepstyle.TileLosses, name, limited)
+
+
+@pytest.mark.parametrize("after", [0, 2], ids=["while the targets are computed", "in an evaluation"])
+def test_what_runs_out_of_memory_is_computed_again_in_smaller_tiles(untrained, monkeypatch, after):
+    content, style = smooth_picture(1, 40, 230), smooth_picture(2, 40, 230)
+    whole = deepstyle.Objective(content, style, weights=untrained)
+    told: list[int] = []
+    run_out_above(210, monkeypatch, after)
+    short = deepstyle.Objective(content, style, weights=untrained, on_smaller_tiles=told.append)
+    x = deepstyle.to_input_space(content) + np.random.default_rng(3).normal(0, 20, content.shape)
+    short(x)
+    assert told == [128]
+    monkeypatch.undo()
+    assert_same(whole, short, x)
+
+
+def test_memory_that_runs_out_in_mid_run_loses_nothing_and_is_said(untrained, monkeypatch, tmp_path, capsys):
+    paths = []
+    for seed, name in enumerate(("content.png", "style.png"), 1):
+        paths.append(str(tmp_path / name))
+        Image.fromarray(smooth_picture(seed, 40, 230)).save(paths[-1])
+    flags = ["--weights", "random", "--image_size", "40", "--num_iter", "2", "--tile", "off"]
+    assert deepstyle.main([*paths, str(tmp_path / "plenty"), *flags, "--log", str(tmp_path / "plenty.csv")]) == 0
+    assert "out of memory" not in capsys.readouterr().out
+    run_out_above(210, monkeypatch, after=25)
+    assert deepstyle.main([*paths, str(tmp_path / "short"), *flags, "--log", str(tmp_path / "short.csv")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = lines.index("out of memory: trying again in tiles of at most 128 pixels")
+    assert lines[said - 1].startswith("iteration 1/2")
+    assert lines[said + 1].startswith("iteration 2/2")
+    assert sum("out of memory" in line for line in lines) == 1
+    # The optimiser goes on with what it has learnt: as many evaluations, and the same losses but for rounding.
+    plenty, short = (np.genfromtxt(tmp_path / name, delimiter=",", names=True) for name in ("plenty.csv", "short.csv"))
+    np.testing.assert_array_equal(short["evaluations"], plenty["evaluations"])
+    np.testing.assert_allclose(short["loss"], plenty["loss"], rtol=0.01)
+    for iteration, again in ((1, "makes it again"), (2, "comes close to it, not bit for bit")):
+        assert deepstyle.main(["--describe", str(tmp_path / f"short_at_iteration_{iteration}.png")]) == 0
+        assert f"this {again}" in capsys.readouterr().out
+
+
+def test_what_runs_out_in_the_smallest_tiles_too_is_one_line(untrained, monkeypatch):
+    told: list[int] = []
+    run_out_above(0, monkeypatch)
+    content = smooth_picture(1, 40, 350)
+    with pytest.raises(deepstyle.UserError, match="out of memory even in the smallest tiles; lower --image_size"):
+        deepstyle.Objective(content, content, weights=untrained, on_smaller_tiles=told.append)
+    assert told == [160, 128]
+
+
+def test_other_errors_are_not_tried_again(untrained, monkeypatch):
+    def fail(self, *given):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(deepstyle.TileLosses, "grams", fail)
+    content = smooth_picture(1, 32, 200)
+    with pytest.raises(RuntimeError, match="something else"):
+        deepstyle.Objective(content, content, weights=untrained)
+
+
+def test_smaller_tiles_are_half_as_large_and_no_less_than_128():
+    assert smaller_tile((1000, 1500), None) == 736
+    assert smaller_tile((1000, 1500), 512) == 256
+    assert smaller_tile((1000, 1500), 200) == 128
+    assert smaller_tile((1000, 1500), 128) is None
+    assert smaller_tile((100, 120), 512) is None

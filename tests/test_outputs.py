@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -249,6 +250,25 @@ def test_tensorboard_has_each_coarse_size_in_a_group_of_its_own(picture_files, t
             assert [event.step for event in events.Tensors(group + tag)] == iterations
         width, height, *_ = events.Tensors(f"{group}picture")[0].tensor_proto.string_val
         assert (int(width), int(height)) == size
+
+
+def test_tensorboard_goes_on_with_a_resumed_run_and_needs_no_tensorflow(picture_files, tmp_path):
+    pytest.importorskip("jax")
+    command = [*picture_files, str(tmp_path / "a"), *SMALL, "--tensorboard", str(tmp_path / "events"), "--quiet"]
+    script = (
+        "import sys, deepstyle\n"
+        "for flags in (['--num_iter', '1'], ['--num_iter', '2', '--resume']):\n"
+        "    print(deepstyle.main(sys.argv[1:] + flags), 'tensorflow' in sys.modules)"
+    )
+    environment = os.environ | {"KERAS_BACKEND": "jax", "PYTHONPATH": os.path.dirname(deepstyle.__file__)}
+    ended = subprocess.run([sys.executable, "-c", script, *command], env=environment, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("0 False\n0 False\n", "")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "events"), size_guidance={"tensors": 0})
+    events.Reload()
+    assert [event.step for event in events.Tensors("loss")] == [1, 2]
+    assert [event.step for event in events.Tensors("picture")] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_requirements_name_every_package_that_the_program_imports():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             imported |= {name.split(".")[0] for name in names}
     known = {"PIL": "pillow"}
-    optional = {"jax", "pillow_heif", "torch"}
+    optional = {"jax", "pillow_heif", "tensorboard", "torch"}
     needed = {known.get(name, name) for name in imported - sys.stdlib_module_names - {"deepstyle_support"}} - optional
     named = {re.split("[^a-z0-9]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
     assert needed == named - {"keras"}  # which is imported by its name
