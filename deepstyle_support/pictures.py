@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from .messages import UserError
 
@@ -74,20 +74,34 @@ def read_picture(path: str, allow_large: bool = False) -> tuple[np.ndarray, int]
     Of several (an animation, pages) the first is taken. Raises UserError if it is missing, cannot be
     read, is a single pixel, or without `allow_large` is over Pillow's limit of pixels.
     """
+    with opened(path, allow_large) as file:
+        pictures = getattr(file, "n_frames", 1)
+        picture = np.asarray(to_rgb(ImageOps.exif_transpose(file)))
+    if picture.shape[0] * picture.shape[1] == 1:
+        raise UserError(f"'{path}' is a single pixel; a picture is needed")
+    return picture, pictures
+
+
+def shape_of(path: str, allow_large: bool = False) -> tuple[int, int]:
+    """(rows, columns) of what `read_picture` would give, from the file's beginning alone. Raises UserError as there."""
+    with opened(path, allow_large) as file:
+        lies_down = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return file.size if lies_down else file.size[::-1]
+
+
+@contextlib.contextmanager
+def opened(path: str, allow_large: bool) -> Iterator[Image.Image]:
+    """The file as Pillow opens it; what goes wrong with it within is a UserError."""
     limit = Image.MAX_IMAGE_PIXELS
     try:
         with pixel_limit(lifted=allow_large), Image.open(path) as file:
-            pictures = getattr(file, "n_frames", 1)
-            picture = np.asarray(to_rgb(ImageOps.exif_transpose(file)))
+            yield file
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(f"'{path}' has more than Pillow's limit of {limit} pixels; --allow_large lifts it") from error
     except Image.UnidentifiedImageError as error:
         raise UserError(f"'{path}' is no picture that Pillow can read") from error
     except Exception as error:  # on damaged files Pillow's decoders raise almost anything
         raise UserError(f"cannot read the picture '{path}': {getattr(error, 'strerror', None) or error}") from error
-    if picture.shape[0] * picture.shape[1] == 1:
-        raise UserError(f"'{path}' is a single pixel; a picture is needed")
-    return picture, pictures
 
 
 @contextlib.contextmanager

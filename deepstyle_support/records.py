@@ -1,6 +1,7 @@
 """What painting hands to whoever shows or saves it: small records, no behaviour."""
 
 import dataclasses
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -43,3 +44,12 @@ class Iteration(NamedTuple):
     exact: bool  # whether the same command makes the same picture
     coarse: bool  # whether it is of a size before the picture's own; the picture is enlarged
     state: State  # to go on from
+
+
+class Ending(NamedTuple):
+    """How the run of one photo ended."""
+
+    status: int  # the command's
+    painted: bool  # or all was done before
+    loss: float | None = None  # the latest
+    picture: Path | None = None  # the last that is saved
