@@ -229,7 +229,7 @@ def command_line() -> Parser:
         allow_abbrev=False,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=36),
     )
-    parser.add_argument("content", metavar="CONTENT", help="the photo to paint")
+    parser.add_argument("content", metavar="CONTENT", help="the photo to paint, or a folder of photos")
     parser.add_argument("style", metavar="STYLE", nargs="+", help="the picture to take the style from")
     parser.add_argument("prefix", metavar="PREFIX", help="pictures are PREFIX_at_iteration_N.png; or a folder")
     for title, members in itertools.groupby(dataclasses.fields(Settings), lambda field: field.metadata["group"]):
@@ -1228,6 +1228,7 @@ def run_folder(arguments: argparse.Namespace, settings: Settings) -> int:
     free = free_memory(settings.max_memory)
     for photo in batch.photos:
         with batch.failures(photo):
+            photo.check()
             picture_sizes(shape_of(str(photo.path), arguments.allow_large), settings)
     if not batch.left():
         return batch.end()

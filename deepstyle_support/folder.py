@@ -25,6 +25,11 @@ class Photo:
     ending: Ending | None = None  # of its run, unless that failed
     failure: str = ""  # why there is no result, in words
 
+    def check(self) -> None:
+        """Raise UserError if it is nothing to read from: to open a pipe would wait for its writer."""
+        if self.path.exists() and not self.path.is_file():
+            raise UserError(f"'{self.path}' is neither a file nor a folder")
+
     @property
     def is_done(self) -> bool:
         return self.ending is not None and self.ending.status == 0
@@ -103,8 +108,6 @@ class Batch:
     def failures(self, photo: Photo) -> Iterator[None]:
         """What goes wrong within is told, and kept as why this photo has no result."""
         try:
-            if not photo.path.is_file() and photo.path.exists():  # to open a pipe would wait for its writer
-                raise UserError(f"'{photo.path}' is neither a file nor a folder")
             yield
         except Exception as error:
             photo.failure = printable(in_words(error, self.debug))

@@ -1,5 +1,6 @@
 """A folder of photos: each is painted, by one process; what is wrong with one stops no other."""
 
+import functools
 import os
 import shlex
 import signal
@@ -104,10 +105,9 @@ def only_for(path, error, otherwise):
 
 def test_network_and_style_are_made_ready_once(photos, tmp_path, monkeypatch):
     save(photos / "c.jpg", 4)  # of a.jpg's shape, so the style is shown in the same size
-    made = {name: [] for name in ("load_weights", "on_device", "read_picture")}
+    made: dict[str, list] = {name: [] for name in ("load_weights", "on_device", "read_picture")}
     for name, calls in made.items():
-        original = getattr(deepstyle, name)
-        monkeypatch.setattr(deepstyle, name, lambda *given, f=original, c=calls: c.append(given[0]) or f(*given))
+        monkeypatch.setattr(deepstyle, name, noting(calls, getattr(deepstyle, name)))
     shown = []
     grams = deepstyle.Objective._grams
     monkeypatch.setattr(deepstyle.Objective, "_grams", lambda *given: shown.append(given[2].shape) or grams(*given))
@@ -117,10 +117,14 @@ def test_network_and_style_are_made_ready_once(photos, tmp_path, monkeypatch):
     assert sorted(shown) == [(40, 33, 3), (40, 53, 3)]
 
 
+def noting(calls, otherwise):
+    return lambda *given: calls.append(given[0]) or otherwise(*given)
+
+
 def test_only_the_latest_things_are_kept_for_reuse():
     reuse, made = Reuse(most=2), []
     for key in "abacbab":
-        assert reuse(key, lambda key=key: made.append(key) or key.upper()) == key.upper()
+        assert reuse(key, functools.partial(noting(made, str.upper), key)) == key.upper()
     assert made == ["a", "b", "c", "b", "a"]
 
 
