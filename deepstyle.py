@@ -15,6 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -22,10 +23,9 @@ import re
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, cast
 
 try:
     import numpy as np
@@ -36,9 +36,10 @@ try:
     from deepstyle_support.convolution import Kernel, convolve, kernel_on_device
     from deepstyle_support.device import describe_device
     from deepstyle_support.files import Outputs, base_path
+    from deepstyle_support.folder import Batch, Photo, arguments_for, folders_in, photos_in
     from deepstyle_support.lbfgs import Curvature, device_lbfgs, kept_bytes
-    from deepstyle_support.memory import SMALLEST, Plan, held_beside, plan_memory, smaller_tile
-    from deepstyle_support.messages import Stream, UserError, require_choice, say, tell, words
+    from deepstyle_support.memory import SMALLEST, Plan, free_memory, held_beside, plan_memory, smaller_tile
+    from deepstyle_support.messages import Stream, UserError, in_words, require_choice, say, tell, words
     from deepstyle_support.pictures import (
         MEAN_BGR,
         RESAMPLING,
@@ -53,8 +54,9 @@ try:
         with_colours_of,
     )
     from deepstyle_support.provenance import description
-    from deepstyle_support.reading import read_picture
-    from deepstyle_support.records import Iteration, State
+    from deepstyle_support.reading import read_picture, shape_of
+    from deepstyle_support.records import Ending, Iteration, State
+    from deepstyle_support.reuse import Reuse
     from deepstyle_support.terminal import (
         describe_iteration,
         describe_stop,
@@ -69,6 +71,9 @@ except ModuleNotFoundError as missing:
     if __name__ != "__main__":
         raise
     sys.exit(f"deepstyle: error: Python has no package {missing.name}; 'sh run.sh' installs what is needed")
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __version__ = "0.2.0"
 
@@ -235,7 +240,7 @@ def command_line() -> Parser:
         allow_abbrev=False,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=36),
     )
-    parser.add_argument("content", metavar="CONTENT", help="the photo to paint")
+    parser.add_argument("content", metavar="CONTENT", help="the photo to paint, or a folder of photos")
     parser.add_argument("style", metavar="STYLE", nargs="+", help="the picture to take the style from")
     parser.add_argument("prefix", metavar="PREFIX", help="pictures are PREFIX_at_iteration_N.png; or a folder")
     for title, members in itertools.groupby(dataclasses.fields(Settings), lambda field: field.metadata["group"]):
@@ -523,9 +528,10 @@ class TileLosses:
         size: tuple[int, int],
         weights: Weights,
         settings: Settings,
+        reuse: Reuse,
     ):
         self.losses, self.masks, self.size, self.pool_type = tuple(losses), masks, size, settings.pool_type
-        self.weights = on_device(weights, settings.padding)
+        self.weights = reuse("the network", lambda: on_device(weights, settings.padding))
         self.content_targets: dict[str, np.ndarray] = {}  # {layer: (h, w, C)}, in NumPy: not on a GPU
         self.style_targets: dict[str, Any] = {}
 
@@ -604,10 +610,11 @@ class Objective:
     content: (H, W, 3) uint8 RGB, the generated picture's size. style: such an array of any size, or a list of them;
     style_masks, one for each, and content_mask: (H, W) or (H, W, 3) uint8, white where it holds. Where the content is
     transparent, (H, W, 4) RGBA, nothing counts, and of a transparent style only its opaque part. weights: None for the
-    trained network, "random", a file, or what load_weights returned. The options are the command's flags, that is the
-    fields of Settings. With tile=N all is computed tile by tile in bounded memory, and comes out the same: Gram
-    matrices are sums over positions, so the tiles' add up to the picture's, from which the style losses follow, and
-    each tile's gradient adds to the picture's where its window is.
+    trained network, "random", a file, or what load_weights returned. reuse: shared with other objectives of the same
+    weights and options. The options are the command's flags, that is the fields of Settings. With tile=N all is
+    computed tile by tile in bounded memory, and comes out the same: Gram matrices are sums over positions, so the
+    tiles' add up to the picture's, from which the style losses follow, and each tile's gradient adds to the picture's
+    where its window is.
 
     Calling it with x, (H, W, 3) float in input space, returns (loss: float, gradient: (H, W, 3) float64). Where memory
     runs out it goes on in smaller tiles, of which `on_smaller_tiles` is told the pixels. Raises UserError for a bad
@@ -623,6 +630,7 @@ class Objective:
         content_mask: np.ndarray | None = None,
         weights: Weights | str | None = None,
         on_smaller_tiles: Callable[[int], None] = lambda tile: None,
+        reuse: Reuse | None = None,
         **options: Any,
     ):
         settings = Settings(**options)
@@ -636,7 +644,8 @@ class Objective:
         masks = pictures.masks(self.size)
         losses = weighted_losses(settings, self.size, len(pictures.styles), masks)
         placed = masks_at_places((loss.place for loss in losses), masks, self.size)
-        self.of_tile = TileLosses(losses, placed, self.size, weights, settings)
+        self.reuse = reuse or Reuse()
+        self.of_tile = TileLosses(losses, placed, self.size, weights, settings, self.reuse)
         content_targets = self._in_memory(self._content_targets, to_input_space(filled(pictures.content)))
         self.of_tile.aim(content_targets, self._in_memory(self._style_targets, pictures.styles))
 
@@ -733,14 +742,23 @@ class Objective:
         for number, style in enumerate(styles, 1):
             kind = "style " if len(styles) == 1 else f"style {number} "
             layers = {loss.name: loss.place.layer for loss in self.of_tile.losses if loss.name.startswith(kind)}
-            x, places = to_input_space(filled(style)), [Place(layer, "style") for layer in layers.values()]
-            grams = self._grams(self.of_tile, x, places, opaque_at_places(style, style.shape[:2], places))
+            grams = self._grams_of_style(style, [Place(layer, "style") for layer in layers.values()])
             for name, layer in layers.items():
                 own, other = (
                     math.prod(length // stride(layer) for length in size[:2]) for size in (self.size, style.shape)
                 )
                 targets[name] = grams[Place(layer, "style")] * np.float32(own / other)
         return targets
+
+    def _grams_of_style(self, style: np.ndarray, places: list[Place]) -> dict[Place, np.ndarray]:
+        """{place: (C, C)} of a style, (H, W, 3 or 4) uint8: at hand if it was shown so before."""
+        key = hashlib.sha256(style.tobytes()).digest(), style.shape, tuple(places), self.tile
+
+        def compute() -> dict[Place, np.ndarray]:
+            opaque = opaque_at_places(style, style.shape[:2], places)
+            return self._grams(self.of_tile, to_input_space(filled(style)), places, opaque)
+
+        return self.reuse(key, compute)
 
     def _part_gone_wrong(self, x: Tensor) -> str:
         """The name of the part whose value or gradient is not finite, each computed alone."""
@@ -1055,11 +1073,12 @@ def paint(
     on_evaluation: Callable[[tuple[int, int], int, float], None] = lambda size, count, loss: None,
     stop: Callable[[], bool] = lambda: False,
     on_smaller_tiles: Callable[[int], None] = lambda tile: None,
+    reuse: Reuse | None = None,
 ) -> Generator[Iteration, None, None]:
     """`stylize` for settings, weights and maybe a plan that are at hand, going on from `state` if there is one.
 
-    `on_evaluation` is told the size that is painted, and what `minimise` tells; `stop` is as there, and
-    `on_smaller_tiles` as in Objective.
+    `on_evaluation` is told the size that is painted, and what `minimise` tells; `stop` is as there, `on_smaller_tiles`
+    and `reuse` as in `Objective`.
     """
     shaped_by = state.shaped_by if state else what_shapes(pictures, settings, weights)
     sizes = picture_sizes(pictures.content.shape, settings)
@@ -1074,7 +1093,7 @@ def paint(
         if not state:
             state = State(x, np.empty((0, 4)), shaped_by, 0, False)
         watch = functools.partial(on_evaluation, size)
-        objective = objective_at(size, pictures, settings, weights, plan.tile, on_smaller_tiles)
+        objective = objective_at(size, pictures, settings, weights, plan.tile, on_smaller_tiles, reuse)
         full = size == sizes[-1]
         for reached in iterations_at(objective, state, settings, full, totals[size], watch, stop, plan.history):
             x, exact = reached.state.x, exact and objective.tile == plan.tile
@@ -1177,11 +1196,12 @@ def objective_at(
     weights: Weights,
     tile: int | None,
     on_smaller_tiles: Callable[[int], None] = lambda tile: None,
+    reuse: Reuse | None = None,
 ) -> Objective:
     """The objective for the pictures resized for (rows, columns), whole or in tiles."""
     content, styles = shown_at(size, pictures, settings)
     given: dict[str, Any] = {"style_masks": pictures.style_masks, "content_mask": pictures.content_mask}
-    given |= {"weights": weights, "tile": str(tile or "off"), "on_smaller_tiles": on_smaller_tiles}
+    given |= {"weights": weights, "tile": str(tile or "off"), "on_smaller_tiles": on_smaller_tiles, "reuse": reuse}
     return Objective(content, styles, **vars(settings) | given)
 
 
@@ -1236,22 +1256,32 @@ def is_enough(number: int, improvement: float, settings: Settings) -> bool:
 # --------------------------------------------------------------------------------------- run
 
 
-def run(arguments: argparse.Namespace, settings: Settings) -> int:
-    """The command: check everything, paint, show and save each iteration. Returns the exit status."""
-    pictures = read_inputs(arguments, settings)
+class Shared(NamedTuple):
+    """What the runs of a folder's photos have in common."""
+
+    beside: dict[str, Any]  # all pictures but the content, from read_beside
+    free: tuple[float, float]  # from free_memory: TensorFlow takes a GPU's with the first photo, and keeps it
+    weights: Weights
+    reuse: Reuse
+    received: list[int]  # signals
+
+
+def run(arguments: argparse.Namespace, settings: Settings, shared: Shared | None = None, name: str = "") -> Ending:
+    """One photo: check everything, paint, show and save each iteration.
+
+    Of a folder's, by its name, there are only the bar and what is moved aside to see.
+    """
+    pictures = read_inputs(arguments, settings, shared.beside if shared else None)
     *coarser, size = picture_sizes(pictures.content.shape, settings)
     outputs = outputs_of(arguments)
     totals = iterations_at_sizes([*coarser, size], settings)
     frames = 1 + sum(totals.values()) if outputs.animation else 0
-    plan = plan_memory(size, settings, held_by(pictures, settings, frames))
+    plan = plan_memory(size, settings, held_by(pictures, settings, frames), shared.free if shared else None)
     outputs.keeps = kept_bytes(size, plan.history) if settings.optimizer == "device" else 0
     outputs.check(input_paths(arguments, settings), saved_size(pictures, settings))
-    weights, source = load_weights(settings.weights, settings.seed, settings.model)
-    from rich.console import Console
-
-    # A PREFIX is shown as it is, even if it looks like Rich's names of pictures.
-    looks: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False, "emoji": False}
-    console = Console(file=cast(TextIO, Stream("stdout")), quiet=arguments.quiet, **looks)
+    weights, source = (shared.weights, "") if shared else load_weights(settings.weights, settings.seed, settings.model)
+    console = console_for(arguments)
+    show: Callable[[str], None] = (lambda line: None) if shared else console.print
     with outputs.owned():
         state = (
             outputs.read_state(what_shapes(pictures, settings, weights), Settings().decisive())
@@ -1263,46 +1293,98 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         done = state.iteration if state and not coarse else 0
         if state and not coarse:
             outputs.expect(state, lambda: finish(state.x, pictures.content, settings, pictures.color_mask))
-        if done >= settings.num_iter:
+        if state and done >= settings.num_iter:
             for path in outputs.finish():
-                console.print(f"saved {path}")
-            if not arguments.quiet:
+                show(f"saved {path}")
+            if not (arguments.quiet or shared):
                 tell(f"nothing to do: {done} iterations are done; a larger --num_iter goes on from there")
-            return 0
+            return Ending(0, False, float(state.losses[-1][0]), outputs.picture_path(done))
         outputs.made = how_it_is_made(arguments, settings, plan)  # loads Keras: it must work before anything is moved
         if not state and (moved := outputs.clear_the_way(arguments.overwrite)):
             console.print(moved)
         if arguments.resume:
             where = f" at {state.size[0]} x {state.size[1]}" if state and coarse else ""
             after = f"going on after iteration {state.iteration}{where}" if state else ""
-            console.print(after or "there is nothing to resume: a new run")
-        console.print(f"painting {size[0]} x {size[1]} pixels on {describe_device()}; {source}")
-        console.print(plan.in_words(settings.history))
+            show(after or "there is nothing to resume: a new run")
+        show(f"painting {size[0]} x {size[1]} pixels on {describe_device()}; {source}")
+        show(plan.in_words(settings.history))
         if settings.optimizer == "device" and not outputs.keeps:
-            console.print("what L-BFGS learns would be gigabytes and is not kept: after --resume it is learnt again")
+            show("what L-BFGS learns would be gigabytes and is not kept: after --resume it is learnt again")
         if coarser and (coarse or not state):
-            console.print("first " + ", then ".join(f"{rows} x {columns}" for rows, columns in coarser) + " pixels")
+            show("first " + ", then ".join(f"{rows} x {columns}" for rows, columns in coarser) + " pixels")
 
         def on_smaller_tiles(tile: int) -> None:
-            console.print(f"out of memory: trying again in tiles of at most {tile} pixels")
+            console.print(f"{name}out of memory: trying again in tiles of at most {tile} pixels")
 
         start = start_picture(pictures, size, settings)
         outputs.begin(lambda: finish(start, pictures.content, settings, pictures.color_mask), totals, state)
-        with signals_as_wishes() as received, progress_bar(console, totals, EVALUATIONS_PER_ITERATION) as on_evaluation:
-            iterations = paint(
-                pictures, settings, weights, plan, state, on_evaluation, lambda: bool(received), on_smaller_tiles
-            )
-            last = save_all(iterations, outputs, totals, console.print)
+        with (
+            signals_as_wishes(shared.received if shared else None) as received,
+            progress_bar(console, totals, EVALUATIONS_PER_ITERATION, name) as on_evaluation,
+        ):
+            reuse = shared.reuse if shared else None
+            watch = on_evaluation, lambda: bool(received), on_smaller_tiles
+            iterations = paint(pictures, settings, weights, plan, state, *watch, reuse)
+            last = save_all(iterations, outputs, totals, show)
     if received:
-        tell(describe_stop(last, done))
-        return 128 + received[0]
+        tell(name + describe_stop(last, done))
+        return Ending(128 + received[0], True)
     done = last.number if last and not last.coarse else done
     if done <= settings.num_iter and last and not last.state.partial and is_enough(done, last.improvement, settings):
         if done < settings.num_iter:
-            console.print(f"stopped: the last iteration improved by less than {settings.min_improvement} %")
+            show(f"stopped: the last iteration improved by less than {settings.min_improvement} %")
     elif done < settings.num_iter or not last or last.state.partial:
-        console.print("stopped: the optimiser finds no better picture than the last")
-    return 0
+        show("stopped: the optimiser finds no better picture than the last")
+    return (
+        Ending(0, True, last.loss, outputs.picture_path(0 if last.coarse else last.number)) if last else Ending(0, True)
+    )
+
+
+def run_folder(arguments: argparse.Namespace, settings: Settings) -> int:
+    """A run of each photo of a folder, one after another. Returns the exit status.
+
+    What is wrong with all of them is raised before anything is created; what is wrong with one is told, and at the end
+    once more, and stops no other.
+    """
+    batch, beside = check_folder(arguments, settings)
+    free = free_memory(settings.max_memory)
+    for photo in batch.photos:
+        with batch.failures(photo):
+            photo.check()
+            picture_sizes(shape_of(str(photo.path), arguments.allow_large), settings)
+    if not batch.left():
+        return batch.end()
+    weights, source = load_weights(settings.weights, settings.seed, settings.model)
+    batch.show(f"painting {len(batch.left())} photos on {describe_device()}; {source}")
+    with batch.owned(), signals_as_wishes() as received:
+        shared = Shared(beside, free, weights, Reuse(), received)
+        for photo in batch.left():
+            if not received:
+                with batch.failures(photo), batch.line_for(photo) as name:
+                    photo.ending = run(arguments_for(photo, arguments), settings, shared, name)
+    return batch.end(128 + received[0] if received else 0)
+
+
+def check_folder(arguments: argparse.Namespace, settings: Settings) -> tuple[Batch, dict[str, Any]]:
+    """The photos, and the pictures that all share. Raises UserError for what is wrong whatever the photo."""
+    folder, results = Path(arguments.content), base_path(os.path.join(arguments.prefix, "")).parent
+    batch = Batch(photos_in(folder, results), results, console_for(arguments).print, arguments.debug)
+    common = arguments_for(Photo(folder, results), arguments)
+    outputs_of(common).check(input_paths(common, settings), (SMALLEST, SMALLEST))
+    beside = read_beside(arguments, settings)
+    # What a square photo would be refused for is no photo's fault.
+    check_agreement(Pictures(np.zeros((SMALLEST, SMALLEST, 3), np.uint8), **beside), settings)
+    if not arguments.quiet and (passed_over := folders_in(folder, results)):
+        tell(f"folders in '{folder}' are not looked into: {words(passed_over)}")
+    return batch, beside
+
+
+def console_for(arguments: argparse.Namespace) -> "Console":
+    """Where results are shown, as they are: a PREFIX may look like Rich's names of pictures."""
+    from rich.console import Console
+
+    looks: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False, "emoji": False}
+    return Console(file=cast(TextIO, Stream("stdout")), quiet=arguments.quiet, **looks)
 
 
 def save_all(
@@ -1359,27 +1441,38 @@ def input_paths(arguments: argparse.Namespace, settings: Settings) -> list[str]:
     return [path for path in paths if path]
 
 
-def read_inputs(arguments: argparse.Namespace, settings: Settings) -> Pictures:
-    """All pictures that are named. Raises UserError if one cannot be read, or they do not go together."""
+def read_inputs(arguments: argparse.Namespace, settings: Settings, beside: dict[str, Any] | None = None) -> Pictures:
+    """All pictures that are named. Raises UserError if one cannot be read, or they do not go together.
 
-    def read(path: str, as_mask: bool = False) -> np.ndarray:
-        picture, notes = read_picture(path, arguments.allow_large, as_mask)
-        for note in notes if not arguments.quiet else []:
-            tell(f"'{path}' {note}")
-        return picture
-
-    read_mask = functools.partial(read, as_mask=True)
-    pictures = Pictures(
-        *laid(read(arguments.content), map(read, arguments.style), settings),
-        tuple(map(read_mask, arguments.style_masks)),
-        None if arguments.content_mask is None else read_mask(arguments.content_mask),
-        None if arguments.color_mask is None else read_mask(arguments.color_mask),
-        read_start(settings, read),
-    )
+    beside: what `read_beside` returned, if all but the content have been read.
+    """
+    content = laid_on(read_named(arguments.content, arguments), settings.background)
+    pictures = Pictures(content, **(read_beside(arguments, settings) if beside is None else beside))
     check_agreement(pictures, settings)
+    return pictures
+
+
+def read_beside(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    """All pictures but the content, by their names in Pictures. Raises UserError if one cannot be read."""
+    read = functools.partial(read_named, arguments=arguments)
+    read_mask = functools.partial(read, as_mask=True)
     if len(arguments.style) > len(settings.style_weight) and not arguments.quiet:
         tell(f"the --style_weight {words(settings.style_weight)} is shared out among {len(arguments.style)} styles")
-    return pictures
+    return {
+        "styles": tuple(laid_on(read(path), settings.background) for path in arguments.style),
+        "style_masks": tuple(map(read_mask, arguments.style_masks)),
+        "content_mask": None if arguments.content_mask is None else read_mask(arguments.content_mask),
+        "color_mask": None if arguments.color_mask is None else read_mask(arguments.color_mask),
+        "start": read_start(settings, read),
+    }
+
+
+def read_named(path: str, arguments: argparse.Namespace, as_mask: bool = False) -> np.ndarray:
+    """The picture; what is to be told of it is told."""
+    picture, notes = read_picture(path, arguments.allow_large, as_mask)
+    for note in notes if not arguments.quiet else []:
+        tell(f"'{path}' {note}")
+    return picture
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1389,18 +1482,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = command_line().parse_args(argv)
         names = [field.name for field in dataclasses.fields(Settings)]
-        return run(arguments, Settings(**{name: getattr(arguments, name) for name in names}))
+        settings = Settings(**{name: getattr(arguments, name) for name in names})
+        if os.path.isdir(arguments.content):
+            return run_folder(arguments, settings)
+        return run(arguments, settings).status
     except SystemExit as ending:  # --help and --version
         return int(ending.code or 0)
     except KeyboardInterrupt:
         tell("interrupted before the painting began")
         return 130
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        foreseen = isinstance(error, UserError)
-        message = str(error) if foreseen else f"{type(error).__name__}: {error}; --debug shows where"
-        tell("error: " + " ".join(message.split()))
+        tell(f"error: {in_words(error, debug)}")
         return error.status if isinstance(error, UserError) else 1
 
 

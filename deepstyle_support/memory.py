@@ -63,14 +63,16 @@ class Plan(NamedTuple):
         return said
 
 
-def plan_memory(size: tuple[int, int], settings: Wishes, held: float = 0) -> Plan:
+def plan_memory(
+    size: tuple[int, int], settings: Wishes, held: float = 0, found: tuple[float, float] | None = None
+) -> Plan:
     """The quickest way to paint a picture of (rows, columns) in the memory that is free, less the bytes `held` beside.
 
     The picture is computed as a whole if that fits, and else in the largest tiles that do. Before tiles get smaller
     than 512 pixels, L-BFGS keeps fewer corrections, down to 5. Raises UserError if nothing fits, with the largest size
-    that would.
+    that would. found: what `free_memory` said before this process took any.
     """
-    free, gpu_free = free_memory(settings.max_memory)
+    free, gpu_free = found or free_memory(settings.max_memory)
     if plan := way_that_fits(size, settings, free - held, gpu_free):
         return plan._replace(needed=plan.needed + held, free=free)
 

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Collection
 from typing import Any, TextIO
 
@@ -49,6 +50,14 @@ class Stream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def in_words(error: Exception, debug: bool) -> str:
+    """What went wrong, in one line; with `debug` its traceback is shown as well."""
+    if debug:
+        traceback.print_exception(error)
+    message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}; --debug shows where"
+    return " ".join(message.split())
 
 
 def tell(message: str) -> None:

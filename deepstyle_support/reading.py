@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin, features
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, features
 
 from .messages import UserError
 from .profiles import to_srgb
@@ -38,18 +38,37 @@ def read_picture(path: str, allow_large: bool = False, as_mask: bool = False) ->
     pixel, is a camera's raw file, needs a package that is not there, or without `allow_large` is over Pillow's limit of
     pixels.
     """
+    with opened(path, allow_large) as file:
+        count = getattr(file, "n_frames", 1)
+        notes = [f"holds {count} pictures; the first is used"] if count > 1 else []
+        upright, profile = ImageOps.exif_transpose(file), file.info.get("icc_profile")
+        converted, useless = to_rgb(upright, None if as_mask else profile)
+        picture = np.asarray(converted)
+        picture = laid_on(picture, "white") if as_mask else picture
+    if picture.shape[0] * picture.shape[1] == 1:
+        raise UserError(f"'{path}' is a single pixel; a picture is needed")
+    if useless:
+        notes.append(f"has a colour profile that is ignored, {useless}; its colours are taken for sRGB's")
+    return picture, notes
+
+
+def shape_of(path: str, allow_large: bool = False) -> tuple[int, int]:
+    """(rows, columns) of what `read_picture` would give, from the file's beginning alone. Raises UserError as there."""
+    with opened(path, allow_large) as file:
+        lies_down = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return file.size if lies_down else file.size[::-1]
+
+
+@contextlib.contextmanager
+def opened(path: str, allow_large: bool) -> Iterator[Image.Image]:
+    """The file as Pillow opens it; what goes wrong with it within is a UserError."""
     limit = Image.MAX_IMAGE_PIXELS
     try:
         with seekable(path) as raw, pixel_limit(lifted=allow_large):
             expect_readable(path, raw)
             file = Image.open(raw)
             refuse_previews(path, file)
-            count = getattr(file, "n_frames", 1)
-            notes = [f"holds {count} pictures; the first is used"] if count > 1 else []
-            upright, profile = ImageOps.exif_transpose(file), file.info.get("icc_profile")
-            opened, useless = to_rgb(upright, None if as_mask else profile)
-            picture = np.asarray(opened)
-            picture = laid_on(picture, "white") if as_mask else picture
+            yield file
     except UserError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -58,11 +77,6 @@ def read_picture(path: str, allow_large: bool = False, as_mask: bool = False) ->
         raise UserError(f"'{path}' is no picture that Pillow can read") from error
     except Exception as error:  # on damaged files Pillow's decoders raise almost anything
         raise UserError(f"cannot read the picture '{path}': {getattr(error, 'strerror', None) or error}") from error
-    if picture.shape[0] * picture.shape[1] == 1:
-        raise UserError(f"'{path}' is a single pixel; a picture is needed")
-    if useless:
-        notes.append(f"has a colour profile that is ignored, {useless}; its colours are taken for sRGB's")
-    return picture, notes
 
 
 @contextlib.contextmanager

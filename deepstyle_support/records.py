@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -48,3 +49,12 @@ class Iteration(NamedTuple):
     exact: bool  # whether the same command makes the same picture
     coarse: bool  # whether it is of a size before the picture's own; the picture is enlarged
     state: State  # to go on from
+
+
+class Ending(NamedTuple):
+    """How the run of one photo ended."""
+
+    status: int  # the command's
+    painted: bool  # or all was done before
+    loss: float | None = None  # the latest
+    picture: Path | None = None  # the last that is saved

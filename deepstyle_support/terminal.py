@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def progress_bar(
-    console: "Console", totals: dict[tuple[int, int], int], steps: int
+    console: "Console", totals: dict[tuple[int, int], int], steps: int, photo: str = ""
 ) -> Iterator[Callable[[tuple[int, int], int, float], None]]:
     """A bar for the evaluations at each size, and the function that moves it, told the size, their number and the loss.
 
-    totals: the iterations at each size, the last being the picture's own; each has so many steps. On anything but a
-    terminal it shows nothing.
+    totals: the iterations at each size, the last being the picture's own; each has so many steps. photo: its name, of
+    many. On anything but a terminal it shows nothing.
     """
     from rich import progress
 
@@ -40,7 +40,7 @@ def progress_bar(
         def on_evaluation(at: tuple[int, int], count: int, loss: float) -> None:
             nonlocal shown_size
             total = totals[at]
-            where = "" if at == list(totals)[-1] else f"{at[0]} x {at[1]}: "
+            where = photo + ("" if at == list(totals)[-1] else f"{at[0]} x {at[1]}: ")
             if at != shown_size:
                 shown_size = at
                 bar.reset(task, total=steps * total)
@@ -69,9 +69,12 @@ def fill_closed_descriptors() -> None:
 
 
 @contextlib.contextmanager
-def signals_as_wishes() -> Iterator[list[int]]:
-    """The list of SIGINT, SIGTERM and SIGHUP received: the first asks to stop, a second one leaves at once."""
-    received: list[int] = []
+def signals_as_wishes(received: list[int] | None = None) -> Iterator[list[int]]:
+    """The list of SIGINT, SIGTERM and SIGHUP received: the first asks to stop, a second one leaves at once.
+
+    received: the list to go on with, within another such context.
+    """
+    received = [] if received is None else received
 
     def receive(number: int, frame: FrameType | None) -> None:
         if received:

@@ -138,6 +138,14 @@ def test_picture_is_looked_for_as_given_and_then_in_images(clone, tmp_path):
     assert out == f"ran: {clone}/deepstyle.py shipped.jpg none.jpg out dir/\n"
 
 
+def test_the_content_may_be_a_folder_of_photos(clone, tmp_path):
+    (tmp_path / "my photos").mkdir()
+    (tmp_path / "my photos").joinpath("a.jpg").touch()
+    for given in ("my photos", "my photos/"):
+        _, out, _, _ = run(clone, given, "shipped.jpg", "out dir")
+        assert out == f"ran: {clone}/deepstyle.py {given} {clone}/images/shipped.jpg out dir/\n"
+
+
 def test_of_more_than_two_arguments_the_last_is_the_folder(clone):
     _, out, _, _ = run(
         clone, "a.jpg", "shipped.jpg", "c d.jpg", "shipped.jpg", "out dir", "--style_weight", "1", "2", "3"

@@ -1,0 +1,152 @@
+"""A folder of photos: which there are, where the results of each go, and what became of each."""
+
+import contextlib
+import dataclasses
+import os
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .files import lock_of
+from .messages import UserError, in_words, tell
+from .records import Ending
+
+# Windows hides these in every folder that it has shown; where the folder is copied to, the name alone says so.
+LEFT_BY_WINDOWS = ("thumbs.db", "desktop.ini")
+
+
+@dataclasses.dataclass
+class Photo:
+    """A file of the folder, the folder for its results, and what became of it."""
+
+    path: Path
+    results: Path
+    ending: Ending | None = None  # of its run, unless that failed
+    failure: str = ""  # why there is no result, in words
+
+    def check(self) -> None:
+        """Raise UserError if it is nothing to read from: to open a pipe would wait for its writer."""
+        if self.path.exists() and not self.path.is_file():
+            raise UserError(f"'{self.path}' is neither a file nor a folder")
+
+    @property
+    def is_done(self) -> bool:
+        return self.ending is not None and self.ending.status == 0
+
+
+def photos_in(folder: Path, results: Path) -> list[Photo]:
+    """The files of the folder in the order of their names, less hidden ones; folders in it are not looked into.
+
+    Each one's results go to a folder of the file's whole name: a.jpg and a.png are two, and no name gets longer.
+    Raises UserError if there are none, or the results would go among the photos.
+    """
+    if results.resolve() == folder.resolve():
+        raise UserError(f"'{results}' is the folder of the photos; the results need another one, which may be in it")
+    files = sorted(path for path in entries(folder) if not path.is_dir())
+    if not files:
+        raise UserError(f"there is no picture in the folder '{folder}'; hidden files and folders do not count")
+    return [Photo(path, results / path.name) for path in files]
+
+
+def folders_in(folder: Path, results: Path) -> list[str]:
+    """The names of the folders that are passed over, less that of the results."""
+    own = results.resolve(), *results.resolve().parents
+    return sorted(path.name for path in entries(folder) if path.is_dir() and path.resolve() not in own)
+
+
+def entries(folder: Path) -> list[Path]:
+    """What is in the folder and not hidden. Raises UserError if it cannot be read."""
+    try:
+        there = list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot read the folder '{folder}': {error.strerror}") from error
+    return [path for path in there if not (path.name.startswith(".") or path.name.lower() in LEFT_BY_WINDOWS)]
+
+
+def arguments_for(photo: Photo, arguments: Namespace) -> Namespace:
+    """The command's arguments for this photo alone; its log, animation and TensorBoard's events go to its folder.
+
+    Raises UserError if one of these has a folder in its name.
+    """
+    own = {"content": str(photo.path), "prefix": os.path.join(photo.results, "")}
+    for flag in ("animation", "log", "tensorboard"):
+        name = getattr(arguments, flag)
+        if name and (Path(name).name != name or name == ".."):
+            raise UserError(
+                f"--{flag} is '{name}'; with a folder of photos each gets its own beside its pictures, so give a name "
+                "without a folder"
+            )
+        if name:
+            own[flag] = str(photo.results / name)
+    return Namespace(**vars(arguments) | own)
+
+
+@dataclasses.dataclass
+class Batch:
+    """The photos of one command: it knows what became of each, and tells it."""
+
+    photos: list[Photo]
+    results: Path
+    show: Callable[[str], None]  # a line of what there is to see
+    debug: bool = False
+    _owners: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
+
+    def left(self) -> list[Photo]:
+        """Those whose run has neither ended nor failed."""
+        return [photo for photo in self.photos if not (photo.ending or photo.failure)]
+
+    def owned(self) -> contextlib.AbstractContextManager[None]:
+        """Make the folder of the results, and let no other batch write there. Raises UserError if one does."""
+        try:
+            self.results.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder '{self.results}': {error.strerror}") from error
+        return lock_of(self.results / "photos")
+
+    @contextlib.contextmanager
+    def failures(self, photo: Photo) -> Iterator[None]:
+        """What goes wrong within is told, and kept as why this photo has no result."""
+        try:
+            yield
+        except Exception as error:
+            photo.failure = printable(in_words(error, self.debug))
+            tell(f"{printable(photo.path.name)} fails: {photo.failure}")
+
+    @contextlib.contextmanager
+    def line_for(self, photo: Photo) -> Iterator[str]:
+        """What to call the photo while it is painted; then a line says how that ended.
+
+        Raises UserError if its results would go where an earlier one's are: some disks do not tell a.jpg from A.JPG.
+        """
+        name, began = f"{self.photos.index(photo) + 1}/{len(self.photos)} {photo.path.name}: ", time.perf_counter()
+        if photo.results.exists():
+            self._check_owner(photo)
+        yield printable(name)
+        self._check_owner(photo)
+        ending = photo.ending
+        if photo.is_done and ending:
+            loss = "nothing better was found, " if ending.loss is None else f"loss {ending.loss:.5g}, "
+            how = f"{time.perf_counter() - began:.1f} s" if ending.painted else "done before"
+            self.show(printable(f"{name}{loss}{how}, {ending.picture or photo.results}"))
+
+    def _check_owner(self, photo: Photo) -> None:
+        found = os.stat(photo.results)
+        owner = self._owners.setdefault((found.st_dev, found.st_ino), photo.path.name)
+        if owner != photo.path.name:
+            raise UserError(f"its results would go where those of '{owner}' are; rename one of the two")
+
+    def end(self, status: int = 0) -> int:
+        """Tell what is not done, and why. Returns the exit status, which is `status` unless that is 0."""
+        failed = [photo for photo in self.photos if photo.failure]
+        if failed or status:
+            done = sum(photo.is_done for photo in self.photos)
+            tell(f"{done} of {len(self.photos)} photos are done; the same command with --resume does what is not")
+        for photo in failed:
+            tell(f"failed: {printable(photo.path.name)}: {photo.failure}")
+        return status or int(bool(failed))
+
+
+def printable(text: str) -> str:
+    """Without what would end the line or move the terminal's cursor: a photo can have any name."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
