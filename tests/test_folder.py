@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 from conftest import SMALL, smooth_picture
 from PIL import Image
