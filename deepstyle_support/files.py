@@ -38,7 +38,7 @@ def base_path(prefix: str) -> Path:
 
 @dataclasses.dataclass
 class Outputs:
-    """The files of one run: its pictures, its state, its logs, its animation, its report, and what an earlier run left of them.
+    """The files of one run: its pictures, its state, its logs, animation and report, and what an earlier run left of them.
 
     `check` says what is wrong with them before anything is touched; within `owned` no other run can write them.
     """
@@ -104,7 +104,7 @@ class Outputs:
             raise UserError(f"the disk of '{folder}' has {free} bytes free, and one iteration needs {needed}")
 
     def _check_extras(self) -> None:
-        """Raise UserError if the animation, the log, the report or TensorBoard's folder cannot be had by these names."""
+        """Raise UserError if what is written besides the pictures cannot be had by these names."""
         for flag, path, kinds in (
             ("--animation", self.animation, (".gif", ".webp", ".mp4")),
             ("--log", self.log, (".csv",)),
@@ -249,7 +249,7 @@ class Outputs:
         self, totals: dict[tuple[int, int], int], state: State
     ) -> dict[tuple[tuple[int, int], int], Path]:
         """Where the pictures of the iterations up to `state` are, if they were saved, by their size and number."""
-        paths = {}
+        paths: dict[tuple[tuple[int, int], int], Path] = {}
         for size, total in totals.items():
             coarse = None if size == list(totals)[-1] else size
             done = state.iteration if size == state.size else total
