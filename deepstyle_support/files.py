@@ -38,7 +38,7 @@ def base_path(prefix: str) -> Path:
 
 @dataclasses.dataclass
 class Outputs:
-    """The files of one run: its pictures, its state, its logs, animation and report, and what an earlier run left of them.
+    """The files of one run: pictures, state, logs, animation and report, and what an earlier run left of them.
 
     `check` says what is wrong with them before anything is touched; within `owned` no other run can write them.
     """
