@@ -56,6 +56,7 @@ try:
     from deepstyle_support.provenance import description
     from deepstyle_support.reading import read_picture, shape_of
     from deepstyle_support.records import Ending, Iteration, State
+    from deepstyle_support.report import held_for_report
     from deepstyle_support.reuse import Reuse
     from deepstyle_support.terminal import (
         describe_iteration,
@@ -272,6 +273,7 @@ def command_line() -> Parser:
     group.add_argument("--animation", metavar="FILE", help="all iterations as .gif, .webp or .mp4")
     group.add_argument("--log", metavar="FILE", help="a row of losses for each iteration, .csv")
     group.add_argument("--tensorboard", metavar="DIR", help="losses and pictures for TensorBoard")
+    group.add_argument("--report", metavar="FILE", help="a page that shows the run, .html")
     group.add_argument("--describe", metavar="PICTURE", action=Describe, help="print how PICTURE was made, and end")
     group = parser.add_argument_group("the run")
     earlier = group.add_mutually_exclusive_group()
@@ -823,7 +825,7 @@ class Stopped(Exception):
 def minimise(
     objective: Objective,
     start: np.ndarray,
-    on_evaluation: Callable[[int, float], None] = lambda count, loss: None,
+    on_evaluation: Callable[[int, Evaluation], None] = lambda count, evaluation: None,
     stop: Callable[[], bool] = lambda: False,
     history: int = 10,
     evaluations: int = 0,
@@ -834,7 +836,7 @@ def minimise(
     """The start, then the accepted point after every 20 evaluations, until the caller has had enough.
 
     start: (H, W, 3) float in input space. `on_evaluation` is told the number of evaluations so far and the
-    loss of the latest. When `stop()` is true before an evaluation, or one fails, what has been accepted
+    latest. When `stop()` is true before an evaluation, or one fails, what has been accepted
     since the last point is handed over as a last one. The optimiser ends by itself only when it finds nothing better.
     A run that goes on counts on from the `evaluations` and `iterations` that it has behind it, and the device's
     optimiser from what it has `learnt`.
@@ -853,7 +855,7 @@ def minimise(
             raise Stopped
         evaluation = objective.evaluate(x)
         count += 1
-        on_evaluation(count, evaluation.loss)
+        on_evaluation(count, evaluation)
         return evaluation
 
     try:
@@ -1070,7 +1072,7 @@ def paint(
     weights: Weights,
     plan: Plan | None = None,
     state: State | None = None,
-    on_evaluation: Callable[[tuple[int, int], int, float], None] = lambda size, count, loss: None,
+    on_evaluation: Callable[[tuple[int, int], int, Evaluation], None] = lambda size, count, evaluation: None,
     stop: Callable[[], bool] = lambda: False,
     on_smaller_tiles: Callable[[int], None] = lambda tile: None,
     reuse: Reuse | None = None,
@@ -1117,7 +1119,7 @@ def iterations_at(
     settings: Settings,
     full: bool,
     most: int,
-    on_evaluation: Callable[[int, float], None],
+    on_evaluation: Callable[[int, Evaluation], None],
     stop: Callable[[], bool],
     history: int,
 ) -> Iterator[Iteration]:
@@ -1275,8 +1277,9 @@ def run(arguments: argparse.Namespace, settings: Settings, shared: Shared | None
     *coarser, size = picture_sizes(pictures.content.shape, settings)
     outputs = outputs_of(arguments)
     totals = iterations_at_sizes([*coarser, size], settings)
-    frames = 1 + sum(totals.values()) if outputs.animation else 0
-    plan = plan_memory(size, settings, held_by(pictures, settings, frames), shared.free if shared else None)
+    frames, reported = (1 + sum(totals.values()) if path else 0 for path in (outputs.animation, outputs.report))
+    held = held_by(pictures, settings, frames) + held_for_report(size, reported)
+    plan = plan_memory(size, settings, held, shared.free if shared else None)
     outputs.keeps = kept_bytes(size, plan.history) if settings.optimizer == "device" else 0
     outputs.check(input_paths(arguments, settings), saved_size(pictures, settings))
     weights, source = (shared.weights, "") if shared else load_weights(settings.weights, settings.seed, settings.model)
@@ -1317,11 +1320,17 @@ def run(arguments: argparse.Namespace, settings: Settings, shared: Shared | None
             console.print(f"{name}out of memory: trying again in tiles of at most {tile} pixels")
 
         start = start_picture(pictures, size, settings)
-        outputs.begin(lambda: finish(start, pictures.content, settings, pictures.color_mask), totals, state)
+        shown = functools.partial(finish, start, pictures.content, settings, pictures.color_mask)
+        outputs.begin(shown, totals, state, pictures.named(), dataclasses.asdict(Settings()))
         with (
             signals_as_wishes(shared.received if shared else None) as received,
-            progress_bar(console, totals, EVALUATIONS_PER_ITERATION, name) as on_evaluation,
+            progress_bar(console, totals, EVALUATIONS_PER_ITERATION, name) as advance,
         ):
+
+            def on_evaluation(size: tuple[int, int], count: int, evaluation: Evaluation) -> None:
+                advance(size, count, evaluation.loss)
+                outputs.note(size, count, loss_row(evaluation))
+
             reuse = shared.reuse if shared else None
             watch = on_evaluation, lambda: bool(received), on_smaller_tiles
             iterations = paint(pictures, settings, weights, plan, state, *watch, reuse)
@@ -1412,7 +1421,7 @@ def save_all(
 def outputs_of(arguments: argparse.Namespace) -> Outputs:
     """What the command is to write. Raises UserError if PREFIX cannot be the beginning of a file's name."""
     extras: dict[str, Any] = {
-        name: Path(path) for name in ("animation", "log", "tensorboard") if (path := getattr(arguments, name))
+        name: Path(path) for name in ("animation", "log", "tensorboard", "report") if (path := getattr(arguments, name))
     }
     return Outputs(base_path(arguments.prefix), arguments.every, **extras)
 

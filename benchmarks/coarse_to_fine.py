@@ -22,7 +22,8 @@ def run(content, style, settings, weights, goal: float = 0.0) -> tuple[float, fl
     full_size = deepstyle.picture_sizes(content.shape, settings)[-1]
     began, reached = time.perf_counter(), []
 
-    def on_evaluation(size, count: int, loss: float) -> None:
+    def on_evaluation(size, count: int, evaluation: deepstyle.Evaluation) -> None:
+        loss = evaluation.loss
         seconds = time.perf_counter() - began
         if count % 20 == 1:
             print(f"{seconds:8.1f} s  {size[0]:4} rows  evaluation {count:3}  loss {loss:.5g}", flush=True)

@@ -62,9 +62,9 @@ def run_deepstyle(paths: list[str], rows: int, num_iter: int, **flags: Any) -> l
     full_size = deepstyle.picture_sizes(content.shape, settings)[-1]
     course = Course()
 
-    def on_evaluation(size: tuple[int, int], count: int, loss: float) -> None:
+    def on_evaluation(size: tuple[int, int], count: int, evaluation: deepstyle.Evaluation) -> None:
         if size == full_size:
-            course.add(loss)
+            course.add(evaluation.loss)
 
     for _ in deepstyle.paint(deepstyle.Pictures(content, (style,)), settings, weights, on_evaluation=on_evaluation):
         pass

@@ -82,7 +82,7 @@ def measure(rows: int, tile: int | None, evaluations: int) -> dict:
         objective.of_tile.grams = timed(objective.of_tile.grams)
     ends, insides = [], []
 
-    def on_evaluation(count: int, loss: float) -> None:
+    def on_evaluation(count: int, evaluation: deepstyle.Evaluation) -> None:
         ends.append(time.perf_counter())
         insides.append(inside)
 

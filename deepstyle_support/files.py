@@ -26,6 +26,7 @@ from .pictures import resize
 from .profiles import png_tags
 from .reading import read_picture
 from .records import Iteration, State
+from .report import Report, facts_of, report_of, taken_over
 
 
 def base_path(prefix: str) -> Path:
@@ -41,7 +42,7 @@ def base_path(prefix: str) -> Path:
 
 @dataclasses.dataclass
 class Outputs:
-    """The files of one run: its pictures, its state, its logs, its animation, and what an earlier run left of them.
+    """The files of one run: pictures, state, logs, animation and report, and what an earlier run left of them.
 
     `check` says what is wrong with them before anything is touched; within `owned` no other run can write them.
     """
@@ -51,11 +52,13 @@ class Outputs:
     animation: Path | None = None
     log: Path | None = None
     tensorboard: Path | None = None
+    report: Path | None = None
     made: dict[str, Any] = dataclasses.field(default_factory=dict)  # how the pictures are made, for their text
     keeps: int = 0  # bytes of what the optimiser has learnt that are written at the end
 
     def __post_init__(self) -> None:
         self._logs: list[Log] = []
+        self._report: Report | None = None
         self._frames: list[np.ndarray] = []
         self._unsaved: Callable[[], Path] | None = None  # writes the latest picture, if that is not written yet
         self._latest: State | None = None
@@ -63,7 +66,7 @@ class Outputs:
     @property
     def extras(self) -> list[Path]:
         """What is written besides the pictures and the state."""
-        return [path for path in (self.animation, self.log, self.tensorboard) if path]
+        return [path for path in (self.animation, self.log, self.tensorboard, self.report) if path]
 
     @property
     def state_path(self) -> Path:
@@ -107,10 +110,11 @@ class Outputs:
             raise UserError(f"the disk of '{folder}' has {free} bytes free, and one iteration needs {needed}")
 
     def _check_extras(self) -> None:
-        """Raise UserError if the animation, the log or TensorBoard's folder cannot be had by these names."""
+        """Raise UserError if what is written besides the pictures cannot be had by these names."""
         for flag, path, kinds in (
             ("--animation", self.animation, (".gif", ".webp", ".mp4")),
             ("--log", self.log, (".csv",)),
+            ("--report", self.report, (".html",)),
         ):
             if path and (path.suffix not in kinds or path.is_dir() or len(os.fsencode(path.name)) > 200):
                 raise UserError(
@@ -183,7 +187,7 @@ class Outputs:
             return []
 
     def check_extras_are_ours(self) -> None:
-        """Raise UserError if a log, an animation or TensorBoard's events are there that no run of this PREFIX wrote."""
+        """Raise UserError if a log, an animation, a report or events are there that no run of this PREFIX wrote."""
         ours = self._extras_before()
         for path in self._resolved():
             if files_of(path) and path not in ours:
@@ -225,30 +229,48 @@ class Outputs:
             self._unsaved = lambda: self._write_picture(number, picture(), loss, state.shaped_by, exact=False)
 
     def begin(
-        self, start: Callable[[], np.ndarray], totals: dict[tuple[int, int], int], state: State | None = None
+        self,
+        start: Callable[[], np.ndarray],
+        totals: dict[tuple[int, int], int],
+        state: State | None,
+        inputs: dict[str, np.ndarray],
+        defaults: dict[str, Any],
     ) -> None:
-        """Open the logs. An animation begins with start(), and the pictures of the iterations before `state`.
+        """Open the logs. An animation and a report begin with start(), and the iterations before `state`.
 
         totals: how many iterations there are to be at each size, (rows, columns), the last being the picture's own.
+        inputs: the pictures that are read, by their names in words; defaults: of the settings; both for the report.
         """
         self._logs = [csv_log(self.log)] if self.log else []
         self._logs += [tensorboard_log(self.tensorboard)] if self.tensorboard else []
+        before = self._paths_before(totals, state) if state else {}
+        if self.report:
+            facts = facts_of(self.made, defaults, inputs, max(list(totals)[-1]))
+            taken = taken_over(self.report, before, state) if state else ([], {})
+            self._report = report_of(self.report, facts, totals, start(), taken)
+            self._logs.append(self._report.add)
         if self.animation:
             first = start()
-            paths = self._paths_before(totals, state) if state else []
-            earlier = [read_picture(str(path), allow_large=True)[0] for path in paths if path.exists()]
+            earlier = [read_picture(str(path), allow_large=True)[0] for path in before.values() if path.exists()]
             self._frames = [first, *(resize(picture, first.shape[:2], "bicubic") for picture in earlier)]
 
-    def _paths_before(self, totals: dict[tuple[int, int], int], state: State) -> list[Path]:
-        """Where the pictures of the iterations up to `state` are, if they were saved."""
-        paths = []
+    def _paths_before(
+        self, totals: dict[tuple[int, int], int], state: State
+    ) -> dict[tuple[tuple[int, int], int], Path]:
+        """Where the pictures of the iterations up to `state` are, if they were saved, by their size and number."""
+        paths: dict[tuple[tuple[int, int], int], Path] = {}
         for size, total in totals.items():
             coarse = None if size == list(totals)[-1] else size
             done = state.iteration if size == state.size else total
-            paths += [self.picture_path(number, coarse) for number in range(1, done + 1)]
+            paths |= {(size, number): self.picture_path(number, coarse) for number in range(1, done + 1)}
             if size == state.size:
                 break
         return paths
+
+    def note(self, size: tuple[int, int], evaluations: int, losses: list[float]) -> None:
+        """Keep an evaluation's loss and its three parts for the report."""
+        if self._report:
+            self._report.note(size, evaluations, losses)
 
     def save(self, iteration: Iteration, last: bool) -> Path | None:
         """Write an iteration's picture, unless --every leaves it out, its state and its logs; returns the path.

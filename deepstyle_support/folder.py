@@ -65,12 +65,12 @@ def entries(folder: Path) -> list[Path]:
 
 
 def arguments_for(photo: Photo, arguments: Namespace) -> Namespace:
-    """The command's arguments for this photo alone; its log, animation and TensorBoard's events go to its folder.
+    """The command's arguments for this photo alone; its log, animation, report and TensorBoard's events go to its folder.
 
     Raises UserError if one of these has a folder in its name.
     """
     own = {"content": str(photo.path), "prefix": os.path.join(photo.results, "")}
-    for flag in ("animation", "log", "tensorboard"):
+    for flag in ("animation", "log", "tensorboard", "report"):
         name = getattr(arguments, flag)
         if name and (Path(name).name != name or name == ".."):
             raise UserError(

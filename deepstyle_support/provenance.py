@@ -32,17 +32,21 @@ def command_again(made: dict[str, Any], defaults: dict[str, Any]) -> str:
     return shlex.join(backend + command)
 
 
+def how_close(exact: bool) -> str:
+    """What the command does, in words; exact: whether it makes the same picture."""
+    return (
+        "makes it again"
+        if exact
+        else "comes close to it, not bit for bit, since the run was stopped, or short of memory, on the way"
+    )
+
+
 def description(path: str, defaults: dict[str, Any]) -> str:
     """How a picture was made, in lines, with a command that makes it again. Raises UserError if it does not say."""
     made = read_made(path)
     command = (
         made.pop("command") if "command" in made else command_again(made, defaults)
     )  # 0.2.0 wrote the command itself
-    again = (
-        "makes it again"
-        if made["exact"]
-        else "comes close to it, not bit for bit, since the run was stopped, or short of memory, on the way"
-    )
     lines = [f"{name}: {value}" for name, value in made.items() if isinstance(value, str | float | int)]
     at = f" at {made['at']}" if "at" in made else ""
-    return "\n".join([*lines, f"this {again}, as its iteration {made['iteration']}{at}:", command])
+    return "\n".join([*lines, f"this {how_close(made['exact'])}, as its iteration {made['iteration']}{at}:", command])

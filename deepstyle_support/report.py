@@ -1,0 +1,228 @@
+"""The report: a run as one HTML file, which any browser opens without a server. Its looks are in report.html."""
+
+import base64
+import dataclasses
+import functools
+import io
+import json
+import math
+import re
+import secrets
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from .disk import write_whole
+from .messages import words
+from .provenance import command_again, how_close
+from .reading import read_picture
+from .records import Iteration, State
+
+LOSSES = ("total", "content", "style", "total variation")  # in the order of a State's losses
+SIDE = 1200  # pixels of a shown picture's longer side at most: the pictures in full are files of their own
+THUMBNAIL = 480  # the same of styles and masks
+MOST_PICTURES, MOST_POINTS = 40, 2000  # of more, every second is left out, then three of four, and so on
+Size = tuple[int, int]  # (rows, columns)
+Points = dict[tuple[Size, int], list[float]]  # the loss and its three parts at each evaluation of a size
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What the slider comes to: a picture, and what is said of it."""
+
+    size: Size
+    number: int  # of the iteration at this size; 0: the start
+    evaluations: int
+    losses: list[float]  # as in a State; empty where they are not known
+    improvement: float
+    seconds: float  # 0 where it is not known
+    partial: bool
+    picture: str  # a WebP file in base64
+
+
+@dataclasses.dataclass
+class Report:
+    """The file and what it shows: `note` tells it of an evaluation, `add` of an iteration, which writes it anew."""
+
+    path: Path
+    facts: dict[str, Any]  # what stays the same: from `facts_of`
+    totals: dict[Size, int]  # how many iterations there are to be at each size
+    shown: list[Shown]
+    points: Points
+
+    def note(self, size: Size, evaluations: int, losses: list[float]) -> None:
+        """Keep the loss and its three parts for the plot."""
+        self.points[size, evaluations] = losses
+
+    def add(self, iteration: Iteration) -> None:
+        """Show an iteration. Only its own picture is encoded. Raises UserError, status 1, if it cannot be written."""
+        losses = [iteration.loss, iteration.content_loss, iteration.style_loss, iteration.total_variation_loss]
+        self.points[iteration.state.size, iteration.evaluations] = losses
+        about = iteration.number, iteration.evaluations, losses, iteration.improvement, iteration.seconds
+        picture = iteration.own_size if iteration.coarse else iteration.picture
+        self.shown.append(Shown(iteration.state.size, *about, iteration.state.partial, encoded(picture, SIDE)))
+        self.shown = thinned(self.shown, MOST_PICTURES, [one.number for one in self.shown])
+        kept = thinned(list(self.points), MOST_POINTS, [count for _, count in self.points])
+        self.points = {key: self.points[key] for key in kept}
+        how = {"again": how_close(iteration.exact), "plot": plot(self.points), "saved": saved(self.shown, self.points)}
+        write_page(self.path, "report.html", **self.facts, **how, shown=self.shown, totals=self.totals)
+
+
+def facts_of(made: dict[str, Any], defaults: dict[str, Any], inputs: dict[str, np.ndarray], side: int) -> dict:
+    """What a report says of the whole run, as plain data.
+
+    made: as in a picture's text, defaults: of the settings, inputs: the pictures by their names in words, side: the
+    longer one of the generated picture, which the content is shown in.
+    """
+    painted = [name for name in inputs if "mask" not in name and name != "start"]
+    files = dict(zip(painted, made["pictures"], strict=True))
+    sides = {name: min(SIDE, side) if name == "content" else THUMBNAIL for name in inputs}
+    return {
+        "made": made,
+        "names": [Path(path).stem for path in made["pictures"]],
+        "inputs": {name: (files.get(name, ""), encoded(picture, sides[name])) for name, picture in inputs.items()},
+        "settings": {name: (words(value), words(defaults[name])) for name, value in made["settings"].items()},
+        "command": command_again(made, defaults),
+    }
+
+
+def report_of(
+    path: Path, facts: dict[str, Any], totals: dict[Size, int], start: np.ndarray, earlier: tuple[list[Shown], Points]
+) -> Report:
+    """A report that goes on from what is `taken_over`, or that begins with the start, (H, W, 3) uint8."""
+    shown, points = earlier
+    if not any(one.number == 0 for one in shown):
+        shown = [Shown(next(iter(totals)), 0, 0, [], 0.0, 0.0, False, encoded(start, SIDE)), *shown]
+    return Report(path, facts, totals, shown, points)
+
+
+def taken_over(path: Path, before: dict[tuple[Size, int], Path], state: State) -> tuple[list[Shown], Points]:
+    """What a report has to show of the iterations up to `state`: what it showed, and from disk what it did not.
+
+    before: the files of these iterations, where they were saved. `--every` leaves some out, so the report itself knows
+    more; it may be missing, damaged, or one iteration behind, if the run was killed.
+    """
+    there, points = read_report(path)
+    shown = {(one.size, one.number): one for one in there if not one.partial}
+    finished: list[Shown] = [one for one in there if one.number == 0]
+    for (size, number), file in before.items():
+        if (size, number) in shown:
+            finished.append(shown[size, number])
+        elif file.exists():
+            losses = state.losses[number].tolist() if size == state.size else []
+            picture = encoded(read_picture(str(file), allow_large=True)[0], SIDE)
+            finished.append(Shown(size, number, 20 * number, losses, 0.0, 0.0, False, picture))
+    sizes = {state.size, *(size for size, _ in before)}
+    points = {
+        (size, count): losses
+        for (size, count), losses in points.items()
+        if size in sizes and (size != state.size or count <= state.evaluations)
+    }
+    last = max((count for size, count in points if size == state.size), default=0)
+    for number, losses in enumerate(state.losses.tolist()):
+        if max(1, 20 * number) > last:
+            points[state.size, max(1, 20 * number)] = losses
+    return finished, points
+
+
+def saved(shown: list[Shown], points: Points) -> dict[str, Any]:
+    """What `read_report` finds beside the pictures."""
+    without = [dataclasses.asdict(one) | {"picture": ""} for one in shown]
+    return {"shown": without, "points": [[*size, count, *losses] for (size, count), losses in points.items()]}
+
+
+def read_report(path: Path) -> tuple[list[Shown], Points]:
+    """What a report shows; nothing if it is missing or damaged."""
+    try:
+        page = path.read_text("utf-8", "surrogateescape")
+        data = json.loads(page.split('<script type="application/json" id="saved">')[1].split("</script>")[0])
+        pictures = re.findall('class="iteration".*?src="data:image/webp;base64,(.*?)"', page, re.DOTALL)
+        shown = [
+            Shown(**one | {"size": tuple(one["size"]), "picture": picture})
+            for one, picture in zip(data["shown"], pictures, strict=True)
+        ]
+        return shown, {((rows, columns), count): losses for rows, columns, count, *losses in data["points"]}
+    except (OSError, LookupError, TypeError, ValueError):
+        return [], {}
+
+
+def encoded(picture: np.ndarray, side: int) -> str:
+    """picture: (H, W, C) uint8 -> a WebP file in base64, its longer side of so many pixels at most."""
+    image, file = Image.fromarray(picture), io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(file, format="WebP", quality=90, method=2)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def held_for_report(size: Size, pictures: int) -> int:
+    """Bytes that a report of so many pictures of (rows, columns) holds; 0 pictures: there is none."""
+    shrunk = min(1.0, SIDE / max(size)) ** 2
+    # A pixel of a painting takes up to 2 bytes in base64; the page holds them once, and once more when it is written.
+    return int(2 * 2 * min(pictures, MOST_PICTURES + 2) * shrunk * math.prod(size))
+
+
+def thinned(items: list, most: int, numbers: list[int]) -> list:
+    """At most about so many of the items, evenly spaced by their numbers, and the last one."""
+    step = 1
+    while max(numbers) // step > most:
+        step *= 2
+    return [one for one, number in zip(items, numbers, strict=True) if number % step == 0 or one is items[-1]]
+
+
+def plot(points: Points) -> dict[str, Any]:
+    """The losses over the evaluations of all sizes, as what report.html draws; places are percent of the plot.
+
+    The losses are on a logarithmic scale of whole decades, eight at most; a loss of 0 has no place there.
+    """
+    sizes = list(dict.fromkeys(size for size, _ in points))
+    starts, end = {}, 0
+    for size in sizes:
+        starts[size] = end
+        end += max(count for at, count in points if at == size)
+    positive = [loss for losses in points.values() for loss in losses if loss > 0] or [1.0]
+    top = math.floor(math.log10(max(positive))) + 1
+    bottom = max(math.floor(math.log10(min(positive))), top - 8)
+
+    def across(evaluation: float) -> float:
+        return round(100 * evaluation / end, 2)
+
+    def down(loss: float) -> float:
+        return round(100 * (top - max(bottom, math.log10(loss))) / (top - bottom), 2)
+
+    curves: dict[str, list[str]] = {}
+    for number, name in enumerate(LOSSES):
+        for size in sizes:
+            own = [(count, losses[number]) for (at, count), losses in points.items() if at == size]
+            line = " ".join(f"{across(starts[size] + count)},{down(loss)}" for count, loss in own if loss > 0)
+            curves.setdefault(name, []).append(line)
+    step = next(step for step in (n * 10**e for e in range(9) for n in (1, 2, 5)) if end / step <= 6)
+    return {
+        "curves": {name: lines for name, lines in curves.items() if any(lines)},
+        "decades": [(power, down(10.0**power)) for power in range(bottom, top + 1)],
+        "evaluations": [(count, across(count)) for count in range(0, end + 1, step)],
+        "sizes": [(size, across(starts[size])) for size in sizes],
+        "starts": {size: across(start) for size, start in starts.items()},
+        "end": end,
+    }
+
+
+@functools.cache
+def template(name: str) -> jinja2.Template:
+    """A page's template; what is put into it is escaped."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    return jinja2.Environment(loader=loader, autoescape=True, **options).get_template(name)
+
+
+def write_page(path: Path, name: str, **data: Any) -> None:
+    """Write the page that a template makes of plain data, whole or not at all.
+
+    Only what has the page's nonce is run or styles it, and nothing is fetched (Content Security Policy Level 3). A
+    file's name may have bytes that are no text: they stay as they are.
+    """
+    page = template(name).stream(**data, nonce=secrets.token_urlsafe(12))
+    page.enable_buffering(100)
+    write_whole(path, lambda file: page.dump(file, "utf-8", "surrogateescape"))

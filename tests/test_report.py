@@ -1,0 +1,383 @@
+"""The report: one file that shows a run, in any browser, without a server."""
+
+import base64
+import html
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import SMALL
+from PIL import Image
+
+import deepstyle
+from deepstyle_support import report
+from deepstyle_support.provenance import command_again, read_made
+from deepstyle_support.report import MOST_PICTURES, Shown, encoded, plot, read_report, thinned
+
+
+def run(picture_files, prefix, *flags):
+    return deepstyle.main([*picture_files, str(prefix), *SMALL, "--quiet", *map(str, flags)])
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(float)
+
+
+def decoded(picture):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture)))).astype(float)
+
+
+def assert_shows_what_was_saved(shown, prefix):
+    """Each shown picture is that of its iteration: WebP changes pixels, but not which saved one is the nearest."""
+    saved = {one.number: pixels(f"{prefix}_at_iteration_{one.number}.png") for one in shown if one.number}
+    for one in shown[1:]:
+        distances = {number: np.abs(decoded(one.picture) - picture).mean() for number, picture in saved.items()}
+        assert min(distances, key=distances.get) == one.number
+        assert distances[one.number] < 12
+
+
+def test_the_page_has_the_inputs_the_iterations_and_the_losses(picture_files, tmp_path):
+    path = tmp_path / "new" / "a.html"
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.repeat(np.uint8([[0, 255]]), 20, axis=0)).save(mask)
+    assert run(picture_files, tmp_path / "a", "--report", path, "--content_mask", mask) == 0
+    shown, points = read_report(path)
+    assert [one.number for one in shown] == [0, 1, 2]
+    assert_shows_what_was_saved(shown, tmp_path / "a")
+    page = path.read_text()
+    for name in ("content", "style", "content mask"):
+        assert f'alt="the {name} picture' in page
+    with np.load(tmp_path / "a_state.npz") as state:
+        assert points[(32, 42), 1] == state["losses"][0].tolist()
+        assert [one.losses for one in shown[1:]] == state["losses"][1:].tolist()
+    counts = [count for _, count in points]
+    assert counts == list(range(1, shown[-1].evaluations + 1))
+    for total, *parts in points.values():
+        assert total == pytest.approx(sum(parts))
+    made = read_made(str(tmp_path / "a_at_iteration_2.png"))
+    command = command_again(made, deepstyle.dataclasses.asdict(deepstyle.Settings()))
+    said = html.unescape(re.sub("<[^>]*>", "", re.search(r"<pre.*?</pre>", page, re.DOTALL)[0]))
+    assert said == command
+    for name in vars(deepstyle.Settings()):
+        assert f"<dt>{name}</dt>" in page
+
+
+def test_a_picture_that_every_leaves_out_is_in_the_report(picture_files, tmp_path):
+    assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--every", 3, "--report", tmp_path / "a.html") == 0
+    assert not (tmp_path / "a_at_iteration_1.png").exists()
+    assert [one.number for one in read_report(tmp_path / "a.html")[0]] == [0, 1, 2, 3]
+
+
+def test_only_the_new_picture_is_encoded(picture_files, tmp_path, monkeypatch):
+    made, encode = [], report.encoded
+    monkeypatch.setattr(report, "encoded", lambda *given: made.append(given) or encode(*given))
+    assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--report", tmp_path / "a.html") == 0
+    assert len(made) == 3 + 3  # content, style and start, and each iteration once
+
+
+def test_the_page_is_whole_after_each_iteration(picture_files, tmp_path, monkeypatch):
+    path, pages, add = tmp_path / "a.html", [], report.Report.add
+
+    def look(self, iteration):
+        add(self, iteration)
+        pages.append(path.read_text())
+
+    monkeypatch.setattr(report.Report, "add", look)
+    assert run(picture_files, tmp_path / "a", "--report", path) == 0
+    assert [page.count('class="iteration"') for page in pages] == [2, 3]
+    assert all(page.startswith("<!doctype html>") and page.endswith("</html>") for page in pages)
+    assert "Reload this page" in pages[0]
+    assert "Reload this page" not in pages[1]
+
+
+def test_a_page_that_cannot_be_made_leaves_the_one_before(tmp_path):
+    path = tmp_path / "a.html"
+    path.write_text("before")
+    with pytest.raises(report.jinja2.UndefinedError):
+        report.write_page(path, "report.html")  # without what it is to show
+    assert path.read_text() == "before"
+
+
+@pytest.mark.parametrize("there", ["report", "damaged", "none", "behind"])
+def test_a_resumed_run_goes_on_with_its_report(picture_files, tmp_path, there):
+    path = tmp_path / "a.html"
+    flags = ["--report", path, "--every", 1 if there == "damaged" else 5]
+    assert run(picture_files, tmp_path / "a", "--num_iter", 1, *flags) == 0
+    behind = path.read_bytes()
+    assert run(picture_files, tmp_path / "a", "--num_iter", 2, "--resume", *flags) == 0
+    before = read_report(path)
+    if there == "damaged":
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif there == "none":
+        path.unlink()
+    elif there == "behind":
+        path.write_bytes(behind)
+    assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--resume", *flags) == 0
+    shown, points = read_report(path)
+    # Each run saves its last picture, so these are on disk.
+    assert [one.number for one in shown] == [0, 1, 2, 3]
+    assert_shows_what_was_saved(shown, tmp_path / "a")
+    with np.load(tmp_path / "a_state.npz") as state:
+        assert [one.losses for one in shown[1:]] == state["losses"][1:].tolist()
+        kept = [points[key] for key in points if key[1] in (1, 20, 40)]
+        assert kept[0] == state["losses"][0].tolist()
+    if there == "report":
+        assert shown[:3] == before[0]
+        # The evaluation that a run begins again with is that which the one before it ended with.
+        assert {key: losses for key, losses in points.items() if key in before[1]} == pytest.approx(before[1], rel=1e-4)
+    counts = [count for _, count in points]
+    assert counts == sorted(counts)
+    assert "comes close to it, not bit for bit" in path.read_text()
+
+
+def test_coarse_sizes_are_on_the_page_and_stay_when_it_goes_on(picture_files, tmp_path):
+    path = tmp_path / "a.html"
+    flags = ["--image_size", 64, "--scales", 2, "--coarse_iter", 2, "--report", path]
+    assert run(picture_files, tmp_path / "a", *flags, "--num_iter", 1) == 0
+    assert run(picture_files, tmp_path / "a", *flags, "--num_iter", 2, "--resume") == 0
+    shown, points = read_report(path)
+    coarse, full = (32, 42), (64, 85)
+    assert [(one.size, one.number) for one in shown[1:]] == [(coarse, 1), (coarse, 2), (full, 1), (full, 2)]
+    assert decoded(shown[1].picture).shape[:2] == coarse
+    assert [size for size, _ in points] == sorted(size for size, _ in points)
+    assert {size for size, _ in points} == {coarse, full}
+    assert "at 32 \N{MULTIPLICATION SIGN} 42 pixels, iteration 1 of 2" in path.read_text("utf-8")
+
+
+def test_the_plot_has_each_loss_at_its_place():
+    size, large = (10, 20), (20, 40)
+    points = {(size, 1): [1000.0, 0.0, 990.0, 10.0], (size, 20): [100.0, 1.0, 89.0, 10.0]}
+    points[large, 1] = [50.0, 1.0, 39.0, 10.0]
+    points[large, 20] = [10.0, 1.0, 8.0, 1.0]
+    drawn = plot(points)
+    # Decades from 10^0 to 10^4, so each takes 25 percent; 40 evaluations in all.
+    assert [power for power, _ in drawn["decades"]] == [0, 1, 2, 3, 4]
+    assert drawn["curves"]["total"] == ["2.5,25.0 50.0,50.0", f"52.5,{100 - 25 * np.log10(50):.2f} 100.0,75.0"]
+    assert drawn["curves"]["content"] == ["50.0,100.0", "52.5,100.0 100.0,100.0"]  # 0 has no logarithm
+    assert drawn["sizes"] == [(size, 0), (large, 50)]
+    assert drawn["evaluations"][-1] == (40, 100)
+    nothing = plot({(size, 1): [0.0, 0.0, 0.0, 0.0]})
+    assert nothing["curves"] == {}
+
+
+def test_very_many_iterations_are_thinned_evenly_and_the_last_is_there():
+    kept: list = []
+    for number in range(1000):
+        kept = thinned([*kept, number], MOST_PICTURES, [*kept, number])
+        assert len(kept) <= MOST_PICTURES + 2
+    assert kept == [*range(0, 1000, 32), 999]
+
+
+def test_ten_iterations_at_400_rows_are_below_5_mb(tmp_path):
+    # As hard to compress as painted pictures are, and harder: two measured ones of 400 rows took 1.6 and 1.9 bits a
+    # pixel, this takes 4.3.
+    noise = np.random.default_rng(0).normal(128, 40, (12, 400, 600, 3))
+    smoothed = [(one + np.roll(one, 1, 0) + np.roll(one, 1, 1)) / 3 for one in noise]
+    hard = [np.clip(one, 0, 255).astype(np.uint8) for one in smoothed]
+    made = deepstyle.how_it_is_made(
+        deepstyle.command_line().parse_args(["c.png", "s.png", "out"]),
+        deepstyle.Settings(),
+        deepstyle.Plan(None, 9, 0, 0),
+    )
+    defaults = deepstyle.dataclasses.asdict(deepstyle.Settings())
+    facts = report.facts_of(made, defaults, {"content": hard[11], "style": hard[10]}, 600)
+    losses = [123456.789123, 1234.56789123, 120000.123456, 2000.123456]
+    shown = [Shown((400, 600), n, 20 * n, losses, 1.0, 1.0, False, encoded(hard[n], report.SIDE)) for n in range(10)]
+    points = {((400, 600), count): losses for count in range(1, 201)}
+    page = report.Report(tmp_path / "a.html", facts, {(400, 600): 10}, shown, points)
+    state = deepstyle.State(hard[10], np.array([losses] * 11), {}, 200, False)
+    page.add(deepstyle.Iteration._make([10, hard[10], hard[10], *losses, 1.0, 1.0, 200, {}, True, False, state]))
+    assert len(read_report(page.path)[0]) == 11
+    assert page.path.stat().st_size < 5e6
+    assert page.path.stat().st_size <= report.held_for_report((400, 600), 11)
+
+
+BAD = "<script>alert(1)</script>"
+BAD_NAME = "<img src=x onerror=alert(1)>\"'&.png"
+
+
+def test_names_and_flags_are_escaped(picture_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(picture_files[1], BAD_NAME)
+    assert run([picture_files[0], BAD_NAME], BAD.replace("/", "") + "é", "--report", "a.html", "--num_iter", 1) == 0
+    page = (tmp_path / "a.html").read_text("utf-8")
+    assert "<script>" not in page
+    assert "<img src=x" not in page
+    assert html.escape("<script>alert(1)<script>") in page
+
+
+def test_an_ascii_locale_and_a_name_that_is_no_text_make_a_page(picture_files, tmp_path):
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    name = os.fsencode(str(tmp_path)) + b"/\xff\xc3\xa9.png"
+    shutil.copy(picture_files[0], name)
+    for more in (["--num_iter", "1"], ["--num_iter", "2", "--resume"]):
+        command = [sys.executable, deepstyle.__file__, name, picture_files[1], "é", "--report", "é.html", *SMALL, *more]
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+        assert (ended.returncode, ended.stderr) == (0, b"")
+    page = (tmp_path / "é.html").read_bytes()
+    assert b"/\xff\xc3\xa9.png" in page
+    assert len(read_report(tmp_path / "é.html")[0]) == 3
+
+
+def test_an_earlier_runs_report_is_moved_aside_or_replaced_and_another_runs_is_refused(picture_files, tmp_path, capsys):
+    flags = ["--report", tmp_path / "a.html", "--num_iter", 1]
+    for _ in range(2):
+        assert run(picture_files, tmp_path / "a", *flags) == 0
+    assert (tmp_path / "a_earlier_1" / "a.html").exists()
+    assert run(picture_files, tmp_path / "a", *flags, "--overwrite") == 0
+    assert not (tmp_path / "a_earlier_2").exists()
+    before = (tmp_path / "a.html").read_bytes()
+    assert run(picture_files, tmp_path / "b", *flags) == 2
+    assert "is there, and not of a run with this PREFIX" in capsys.readouterr().err
+    assert (tmp_path / "a.html").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a", ".html", "folder.html"])
+def test_a_report_has_to_be_a_file_whose_name_ends_in_html(picture_files, tmp_path, capsys, name):
+    (tmp_path / "folder.html").mkdir()
+    assert run(picture_files, tmp_path / "a", "--report", tmp_path / name) == 2
+    assert "--report is" in capsys.readouterr().err
+    assert not list(tmp_path.glob("a_*"))
+
+
+def test_an_input_is_not_written_over(picture_files, tmp_path, capsys):
+    picture = tmp_path / "photo.html"  # Pillow looks at what a file holds
+    shutil.copy(picture_files[0], picture)
+    assert run([str(picture), picture_files[1]], tmp_path / "a", "--report", picture) == 2
+    assert "is an input, and would be written over" in capsys.readouterr().err
+
+
+def test_the_plan_counts_the_report(picture_files, tmp_path, monkeypatch):
+    held, plan = [], deepstyle.plan_memory
+    monkeypatch.setattr(
+        deepstyle, "plan_memory", lambda size, settings, bytes_held: held.append(bytes_held) or plan(size, settings)
+    )
+    for flags in ([], ["--report", tmp_path / "a.html"]):
+        assert run(picture_files, tmp_path / "a", *flags, "--num_iter", 1) == 0
+    assert held[1] - held[0] == 2 * 2 * 2 * 32 * 42
+
+
+# ------------------------------------------------------------------------------------- in a browser
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+QUIET = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+QUIET += " disable-component-update disable-sync"
+
+
+@pytest.fixture
+def browser(tmp_path, monkeypatch):
+    """A headless Chromium that notes what pages ask for and what they say in the console."""
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("there is no chromium with its chromedriver")
+    from selenium import webdriver
+
+    monkeypatch.setenv("SE_OFFLINE", "true")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*QUIET.split(), f"user-data-dir={tmp_path / 'browser'}"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    try:
+        driver.get("about:blank")
+        driver.get_log("performance")  # of the page that a new tab shows
+        yield driver
+    finally:
+        driver.quit()
+
+
+def look(browser, path, width, mode="light"):
+    """Open the page as wide and as dark as given."""
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    media = {"features": [{"name": "prefers-color-scheme", "value": mode}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(path.as_uri())
+
+
+def asked_for(browser):
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+
+
+VISIBLE = "return [...document.querySelectorAll('.iteration')].map(one => one.checkVisibility())"
+CONTRASTS = """
+const light = colour => {
+  const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
+    .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+  return .2126 * r + .7152 * g + .0722 * b;
+};
+const behind = one => {
+  for (; one; one = one.parentElement) {
+    const colour = getComputedStyle(one).backgroundColor;
+    if (!/, 0\\)$/.test(colour)) return colour;
+  }
+};
+const ratio = (one, other) => (Math.max(light(one), light(other)) + .05) / (Math.min(light(one), light(other)) + .05);
+return [...document.querySelectorAll("h1, h2, p, dt, dd, pre, figcaption, li, text, th, td, footer, summary, .curve")]
+  .map(one => ratio(getComputedStyle(one)[one.matches("text") ? "fill" : one.matches(".curve") ? "stroke" : "color"],
+    behind(one)) / (one.matches(".curve") ? 3 : 4.5));
+"""  # WCAG 2.2, 1.4.3 and 1.4.11: 4.5 for text, 3 for graphics; 1 here is just enough
+
+
+def test_in_a_browser(picture_files, tmp_path, browser):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    path = tmp_path / f"{BAD.replace('/', '')}.html"
+    bad = tmp_path / BAD_NAME
+    shutil.copy(picture_files[1], bad)
+    flags = ["--report", path, "--image_size", 64, "--scales", 2, "--coarse_iter", 1]
+    assert run([picture_files[0], bad], tmp_path / "a", *flags, "--num_iter", 1) == 0
+    look(browser, path, 1200)
+    # The start, a coarse iteration and one more; the last one is shown.
+    assert browser.execute_script(VISIBLE) == [False, False, True]
+    assert browser.execute_script("return [...document.images].every(one => one.complete && one.naturalWidth > 0)")
+    assert browser.execute_script("return [...document.images].every(one => one.alt)")
+    assert browser.execute_script("return document.fonts.size") == 0
+    slider = browser.find_element(By.ID, "slider")
+    assert slider.accessible_name == "Picture"
+    marker = browser.find_element(By.ID, "marker")
+    for keys, shown in (("", 2), (Keys.ARROW_LEFT, 1), (Keys.HOME, 0), (Keys.ARROW_RIGHT, 1), (Keys.END, 2)):
+        slider.send_keys(keys)
+        assert browser.execute_script(VISIBLE) == [number == shown for number in range(3)]
+        assert float(marker.get_attribute("x1").rstrip("%")) == pytest.approx((0, 50, 100)[shown], abs=3)
+    browser.execute_script("document.activeElement.blur()")
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.ARROW_LEFT)
+    assert browser.execute_script(VISIBLE) == [False, True, False]
+    assert browser.execute_script("return getComputedStyle(arguments[0]).outlineStyle", slider) == "none"
+    slider.send_keys(Keys.HOME)
+    assert browser.execute_script("return getComputedStyle(arguments[0]).outlineStyle", slider) == "solid"
+    # What has come since is there after a reload, and it is what is shown.
+    assert run([picture_files[0], bad], tmp_path / "a", *flags, "--num_iter", 2, "--resume") == 0
+    browser.refresh()
+    assert browser.execute_script(VISIBLE) == [False, False, False, True]
+    for width in (1200, 390):
+        for mode in ("light", "dark"):
+            look(browser, path, width, mode)
+            browser.execute_script("document.querySelector('details').open = true")
+            assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+            assert min(browser.execute_script(CONTRASTS)) >= 1
+            paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, re.findall(r"\d+", paper)[:3])) < 200) == (mode == "dark")
+    assert {url for url in asked_for(browser) if not url.startswith("data:")} == {path.as_uri()}
+    assert browser.get_log("browser") == []
+
+
+def test_a_page_may_run_nothing_that_is_not_its_own(picture_files, tmp_path, browser):
+    path = tmp_path / "a.html"
+    assert run(picture_files, tmp_path / "a", "--report", path, "--num_iter", 1) == 0
+    meddled = tmp_path / "meddled.html"
+    added = "<script>document.title = 'run'</script><img src='http://localhost:9/a.png'></main>"
+    meddled.write_text(path.read_text().replace("</main>", added))
+    look(browser, meddled, 1200)
+    assert browser.title == "content in the style of style"
+    said = [entry["message"] for entry in browser.get_log("browser")]
+    assert len(said) == 2
+    assert all("Content Security Policy" in message for message in said)
