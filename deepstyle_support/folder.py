@@ -65,7 +65,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def arguments_for(photo: Photo, arguments: Namespace) -> Namespace:
-    """The command's arguments for this photo alone; its log, animation, report and TensorBoard's events go to its folder.
+    """The command's arguments for this photo alone; what else is written of it (a log, a report) goes to its folder.
 
     Raises UserError if one of these has a folder in its name.
     """

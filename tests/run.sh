@@ -4,7 +4,7 @@
 set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 python=$(sh "$here/../run.sh" --setup)
-"$python" -c 'import hypothesis, imageio_ffmpeg, jax, mypy, pytest, ray, ruff, selenium, tensorboard, xdist' 2>/dev/null ||
+"$python" -c 'import hypothesis, imageio_ffmpeg, jax, mypy, pillow_heif, pytest, ray, ruff, selenium, tensorboard, xdist' 2>/dev/null ||
     "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
 cd "$here/.."
 kind='not endurance'
