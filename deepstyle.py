@@ -494,8 +494,8 @@ class TileLosses:
     """What is computed for one tile of a picture: its Gram matrices and, given the whole picture's, its gradient.
 
     It knows the targets and the masks of the whole picture, but not which tiles there are, nor where they are computed:
-    it takes arrays and tiles, and gives arrays. Until it has its targets (`aim`) only features and Gram matrices can be
-    asked for.
+    it takes arrays and tiles, and gives arrays. Until it has its targets (`aimed`) only features and Gram matrices can
+    be asked for. All that it knows but the network's weights can be sent to another process.
     """
 
     def __init__(
@@ -509,7 +509,7 @@ class TileLosses:
         self.losses, self.masks, self.size, self.pool_type = tuple(losses), masks, size, settings.pool_type
         self.weights = on_device(weights, settings.padding)
         self.content_targets: dict[str, np.ndarray] = {}  # {layer: (h, w, C)}, in NumPy: not on a GPU
-        self.style_targets: dict[str, Any] = {}
+        self.style_targets: dict[str, np.ndarray] = {}
 
     def places(self, kind: str = "") -> list[Place]:
         """Where the losses of this kind look."""
@@ -519,11 +519,11 @@ class TileLosses:
         """The layers that an evaluation needs."""
         return layers_of(self.losses)
 
-    def aim(self, content_targets: dict[str, np.ndarray], style_targets: dict[str, np.ndarray]) -> None:
-        """Set the targets: the content's features, {layer: (h, w, C)}, and the styles' Grams, {loss: (C, C)}."""
-        self.content_targets = content_targets
-        to_tensor = import_keras().ops.convert_to_tensor
-        self.style_targets = {name: to_tensor(gram) for name, gram in style_targets.items()}
+    def aimed(self, content_targets: dict[str, np.ndarray], style_targets: dict[str, np.ndarray]) -> "TileLosses":
+        """With its targets: the content's features, {layer: (h, w, C)}, and the styles' Grams, {loss: (C, C)}."""
+        aimed = copy.copy(self)
+        aimed.content_targets, aimed.style_targets = content_targets, style_targets
+        return aimed
 
     def only(self, name: str) -> "TileLosses":
         """The loss of this name alone."""
@@ -609,7 +609,8 @@ class Objective:
         losses = weighted_losses(settings, self.size, len(pictures.styles), masks)
         placed = masks_at_places(losses, masks, self.size)
         self.of_tile = TileLosses(losses, placed, self.size, weights, settings)
-        self.of_tile.aim(self._content_targets(to_input_space(content)), self._style_targets(pictures.styles))
+        targets = self._content_targets(to_input_space(content)), self._style_targets(pictures.styles)
+        self.of_tile = self.of_tile.aimed(*targets)
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         evaluation = self.evaluate(x)
@@ -958,10 +959,12 @@ def paint(
     state: State | None = None,
     on_evaluation: Callable[[tuple[int, int], int, float], None] = lambda size, count, loss: None,
     stop: Callable[[], bool] = lambda: False,
+    make: Callable[..., Objective] = Objective,
 ) -> Generator[Iteration, None, None]:
     """`stylize` for settings, weights and maybe a plan that are at hand, going on from `state` if there is one.
 
-    `on_evaluation` is told the size that is painted, and what `minimise` tells; `stop` is as there.
+    `on_evaluation` is told the size that is painted, and what `minimise` tells; `stop` is as there. `make` is given
+    what Objective is, and makes one.
     """
     shaped_by = state.shaped_by if state else what_shapes(pictures, settings, weights)
     sizes = picture_sizes(pictures.content.shape, settings)
@@ -975,7 +978,7 @@ def paint(
         if not state:
             state = State(x, np.empty((0, 4)), shaped_by, 0, False)
         watch = functools.partial(on_evaluation, size)
-        objective, full = objective_at(size, pictures, settings, weights, plan.tile), size == sizes[-1]
+        objective, full = objective_at(size, pictures, settings, weights, plan.tile, make), size == sizes[-1]
         for reached in iterations_at(objective, state, settings, full, totals[size], watch, stop, plan.history):
             x = reached.state.x
             shown = x if full else enlarge(x.astype(np.float32), sizes[-1])
@@ -1060,12 +1063,17 @@ def iterations_at_sizes(sizes: list[tuple[int, int]], settings: Settings) -> dic
 
 
 def objective_at(
-    size: tuple[int, int], pictures: Pictures, settings: Settings, weights: Weights, tile: int | None
+    size: tuple[int, int],
+    pictures: Pictures,
+    settings: Settings,
+    weights: Weights,
+    tile: int | None,
+    make: Callable[..., Objective] = Objective,
 ) -> Objective:
     """The objective for the pictures resized for (rows, columns), whole or in tiles."""
     content, styles = shown_at(size, pictures, settings)
     masks: dict[str, Any] = {"style_masks": pictures.style_masks, "content_mask": pictures.content_mask}
-    return Objective(content, styles, **masks, **vars(settings) | {"weights": weights, "tile": str(tile or "off")})
+    return make(content, styles, **masks, **vars(settings) | {"weights": weights, "tile": str(tile or "off")})
 
 
 def shown_at(size: tuple[int, int], pictures: Pictures, settings: Settings) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -1118,14 +1126,26 @@ def is_enough(number: int, improvement: float, settings: Settings) -> bool:
 # --------------------------------------------------------------------------------------- run
 
 
-def run(arguments: argparse.Namespace, settings: Settings) -> int:
+class Computing(NamedTuple):
+    """How a run computes: in this process, or as another program has it that is this one in all else."""
+
+    plan: Callable[[tuple[int, int], Settings, float], Plan] = plan_memory
+    device: Callable[[], str] = describe_device  # in words; it must be there before anything is moved
+    make: Callable[..., Objective] = Objective
+    program: tuple[str, ...] = ("deepstyle.py",)  # and flags of its own, for the command that makes the picture again
+
+
+HERE = Computing()
+
+
+def run(arguments: argparse.Namespace, settings: Settings, computing: Computing = HERE) -> int:
     """The command: check everything, paint, show and save each iteration. Returns the exit status."""
     pictures = read_inputs(arguments, settings)
     *coarser, size = picture_sizes(pictures.content.shape, settings)
     outputs = outputs_of(arguments)
     totals = iterations_at_sizes([*coarser, size], settings)
     frames = 1 + sum(totals.values()) if outputs.animation else 0
-    plan = plan_memory(size, settings, held_by(pictures, settings, frames))
+    plan = computing.plan(size, settings, held_by(pictures, settings, frames))
     outputs.check(input_paths(arguments, settings), saved_size(pictures, settings))
     weights, source = load_weights(settings.weights, settings.seed, settings.model)
     from rich.console import Console
@@ -1150,21 +1170,23 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
             if not arguments.quiet:
                 tell(f"nothing to do: {done} iterations are done; a larger --num_iter goes on from there")
             return 0
-        outputs.made = how_it_is_made(arguments, settings, plan)  # loads Keras: it must work before anything is moved
+        device = computing.device()
+        outputs.made = how_it_is_made(arguments, settings, plan, computing.program)
         if not state and (moved := outputs.clear_the_way(arguments.overwrite)):
             console.print(moved)
         if arguments.resume:
             where = f" at {state.size[0]} x {state.size[1]}" if state and coarse else ""
             after = f"going on after iteration {state.iteration}{where}" if state else ""
             console.print(after or "there is nothing to resume: a new run")
-        console.print(f"painting {size[0]} x {size[1]} pixels on {describe_device()}; {source}")
+        console.print(f"painting {size[0]} x {size[1]} pixels on {device}; {source}")
         console.print(plan.in_words(settings.history))
         if coarser and (coarse or not state):
             console.print("first " + ", then ".join(f"{rows} x {columns}" for rows, columns in coarser) + " pixels")
         start = start_picture(pictures, size, settings)
         outputs.begin(lambda: finish(start, pictures.content, settings, pictures.color_mask), totals, state)
         with signals_as_wishes() as received, progress_bar(console, totals, EVALUATIONS_PER_ITERATION) as on_evaluation:
-            iterations = paint(pictures, settings, weights, plan, state, on_evaluation, stop=lambda: bool(received))
+            wishes = on_evaluation, lambda: bool(received)
+            iterations = paint(pictures, settings, weights, plan, state, *wishes, computing.make)
             last = save_all(iterations, outputs, totals, console.print)
     if received:
         tell(describe_stop(last, done))
@@ -1211,11 +1233,14 @@ def outputs_of(arguments: argparse.Namespace) -> Outputs:
 MASKS = ("style_masks", "content_mask", "color_mask")
 
 
-def how_it_is_made(arguments: argparse.Namespace, settings: Settings, plan: Plan) -> dict[str, Any]:
+def how_it_is_made(
+    arguments: argparse.Namespace, settings: Settings, plan: Plan, program: tuple[str, ...] = HERE.program
+) -> dict[str, Any]:
     """All that a picture's text says of its command: with the plan as it was, however much memory there is later."""
     planned = {"tile": str(plan.tile or "off"), "history": plan.history, "max_memory": 0.0}
     return {
         "version": __version__,
+        "program": program,
         "settings": dataclasses.asdict(settings) | planned,
         "pictures": [arguments.content, *arguments.style],
         "prefix": arguments.prefix,
@@ -1255,12 +1280,19 @@ def read_inputs(arguments: argparse.Namespace, settings: Settings) -> Pictures:
     return pictures
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit status; see the README for what each means."""
+def main(
+    argv: list[str] | None = None,
+    parser: Parser | None = None,
+    run: Callable[[argparse.Namespace, Settings], int] = run,
+) -> int:
+    """The command. Returns its exit status; see the README for what each means.
+
+    Another program's parser may know more arguments than `command_line`, and its `run` what to do with them.
+    """
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     fill_closed_descriptors()
     try:
-        arguments = command_line().parse_args(argv)
+        arguments = (parser or command_line()).parse_args(argv)
         names = [field.name for field in dataclasses.fields(Settings)]
         return run(arguments, Settings(**{name: getattr(arguments, name) for name in names}))
     except SystemExit as ending:  # --help and --version

@@ -20,6 +20,8 @@ SMALLEST = 32  # rows and columns of a picture that is computed: conv5 then has 
 LARGE_TILE = 512  # pixels: at 1024 x 1024 tiles of this size take 2 times as long as the whole, tiles of 128 6 times
 SMALL_TILE = 128
 FEW_CORRECTIONS = 5
+WORKER = 800e6  # bytes of a process that computes tiles for this one, before it computes
+RAY = 400e6  # of Ray's own processes
 
 
 class Wishes(Protocol):
@@ -56,23 +58,28 @@ class Plan(NamedTuple):
         return said
 
 
-def plan_memory(size: tuple[int, int], settings: Wishes, held: float = 0) -> Plan:
+def plan_memory(size: tuple[int, int], settings: Wishes, held: float = 0, workers: int = 0) -> Plan:
     """The quickest way to paint a picture of (rows, columns) in the memory that is free, less the bytes `held` beside.
+
+    With `workers` so many processes on this machine compute tiles at the same time, each on a GPU of its own if there
+    are any.
 
     The picture is computed as a whole if that fits, and else in the largest tiles that do. Before tiles get smaller
     than 512 pixels, L-BFGS keeps fewer corrections, down to 5. Raises UserError if nothing fits, with the largest size
     that would.
     """
     free, gpu_free = free_memory(settings.max_memory)
-    if plan := way_that_fits(size, settings, free - held, gpu_free):
+    if plan := way_that_fits(size, settings, free - held, gpu_free, workers):
         return plan._replace(needed=plan.needed + held, free=free)
 
     def too_large(rows: int) -> bool:
-        return not way_that_fits((rows, max(1, rows * size[1] // size[0])), settings, free - held, gpu_free)
+        smaller = rows, max(1, rows * size[1] // size[0])
+        return not way_that_fits(smaller, settings, free - held, gpu_free, workers)
 
     largest = bisect.bisect(range(1, size[0]), False, key=too_large)
     tile = SMALL_TILE if settings.tile == "auto" else given_tile(settings)
-    needed = held + sum(needed_memory(size, tile, min(settings.history, FEW_CORRECTIONS), *network_of(settings)))
+    fewest = min(settings.history, FEW_CORRECTIONS)
+    needed = held + sum(needed_by_all(workers, bool(gpu_free), size, tile, fewest, settings))
     raise UserError(
         f"{size[0]} x {size[1]} pixels need {needed / 1e9:.1f} GB of memory "
         f"{'or more' if settings.tile == 'auto' else '(--tile auto may need less)'}, {free / 1e9:.1f} GB are free"
@@ -81,13 +88,15 @@ def plan_memory(size: tuple[int, int], settings: Wishes, held: float = 0) -> Pla
     )
 
 
-def way_that_fits(size: tuple[int, int], settings: Wishes, free: float, gpu_free: float) -> Plan | None:
+def way_that_fits(
+    size: tuple[int, int], settings: Wishes, free: float, gpu_free: float, workers: int = 0
+) -> Plan | None:
     """The plan for a picture of (rows, columns) in so many bytes; None if there is none."""
     side, fewest = max(size), min(settings.history, FEW_CORRECTIONS)
 
     def corrections(tile: int | None) -> float:
         """How many L-BFGS can keep beside tiles of this size, at most as many as are wished for; or less than 0."""
-        computing, rest = needed_memory(size, tile, 0, *network_of(settings))
+        computing, rest = needed_by_all(workers, bool(gpu_free), size, tile, 0, settings)
         if gpu_free and computing > gpu_free:
             return -1
         room = free - rest - (0 if gpu_free else computing)
@@ -113,7 +122,7 @@ def way_that_fits(size: tuple[int, int], settings: Wishes, free: float, gpu_free
     history = corrections(tile)
     if history < fewest:
         return None
-    computing, rest = needed_memory(size, tile, int(history), *network_of(settings))
+    computing, rest = needed_by_all(workers, bool(gpu_free), size, tile, int(history), settings)
     needed = rest if gpu_free else computing + rest
     return Plan(tile if tile and tile < side else None, int(history), needed, free)
 
@@ -147,7 +156,7 @@ def needed_memory(
     """
     pixels = math.prod(size)
     layers = CHANNELS[model]
-    computed = math.prod(min(side, tile + 2 * halo(layers, model)) for side in size) if tile else pixels
+    computed = largest_window(size, tile, model) if tile else pixels
     # Of VGG16's features, 270 numbers a pixel, 7.6 bytes a number are there at once; of tiles more, since their shapes
     # differ, and what one leaves does not fit the next.
     numbers = computed * sum(channels / stride(name) ** 2 for name, channels in layers.items())
@@ -162,6 +171,51 @@ def needed_memory(
     # machine, 12 on another, and one to be sure.
     rest = 900e6 + 3 * 8 * (5 + 13) * pixels + history * bytes_per_correction(size) + pixels * targets
     return computing, rest
+
+
+def needed_by_all(
+    workers: int, on_gpus: bool, size: tuple[int, int], tile: int | None, history: int, settings: Wishes
+) -> tuple[float, float]:
+    """`needed_memory` of one process, or of this one and `workers` that compute for it; on GPUs, of each GPU.
+
+    Beside them Ray's store holds x, once more than this process, the content's features, and of each worker two
+    gradients: the one that it has computed, and the one that waits until those before it are added.
+    """
+    model, content_layers, _ = network_of(settings)
+    computing, rest = needed_memory(size, tile, history, *network_of(settings))
+    if not workers:
+        return computing, rest
+    layers = CHANNELS[model]
+    targets = 4 * sum(layers[name] / stride(name) ** 2 for name in content_layers)
+    window = largest_window(size, tile or max(size), model)
+    rest += RAY + workers * (WORKER + 2 * 3 * 4 * window) + math.prod(size) * (2 * 3 * 4 + targets)
+    return computing * (1 if on_gpus else workers), rest
+
+
+def largest_window(size: tuple[int, int], tile: int, model: str) -> int:
+    """Pixels that are computed at a time, at most: a tile, and all around it that its features can see."""
+    return math.prod(min(side, tile + 2 * halo(CHANNELS[model], model)) for side in size)
+
+
+def shared_tile(size: tuple[int, int], at_most: int | None, workers: int, model: str, kept: bool) -> int:
+    """The tile, of at most so many pixels a side, with which so many workers compute (rows, columns) soonest.
+
+    There are at least as many tiles as workers, if the picture has so many blocks of 16 x 16. What takes the time is
+    the number of tiles that one worker computes in turn, times the largest window. If it is to be `kept`, `at_most`
+    itself is the tile where it leaves no worker without one.
+    """
+
+    def tiles(tile: int) -> int:
+        return math.prod(math.ceil(side / tile) for side in size)
+
+    def seconds(tile: int) -> int:
+        return math.ceil(tiles(tile) / workers) * largest_window(size, tile, model)
+
+    if kept and at_most and tiles(at_most) >= workers:
+        return at_most
+    sides = {math.ceil(max(size) / parts / 16) * 16 for parts in range(1, max(size) // 16 + 2)}
+    enough = [tile for tile in sides if tile <= (at_most or tile) and tiles(tile) >= workers]
+    return min(enough, key=lambda tile: (seconds(tile), -tile), default=16)
 
 
 def held_beside(inputs: Iterable[np.ndarray], saved: tuple[int, int], coloured: bool, masked: bool, frames: int) -> int:
