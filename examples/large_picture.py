@@ -68,12 +68,12 @@ class Workers:
         """Start Ray, or join the cluster that RAY_ADDRESS names; says what each worker has of it."""
         import ray
 
-        here: dict[str, Any] = (
-            {} if on_cluster() else {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": False}
-        )
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if not on_cluster():  # "local", since Ray would else join one that happens to run on this machine
+            options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": False}
         self.began = True
         try:
-            ray.init(**here, log_to_driver=False, logging_level="ERROR")
+            ray.init(**options)
         except Exception as error:  # Ray raises anything here
             raise UserError(f"Ray cannot start: {str(error).strip().splitlines()[0]}", status=1) from error
         machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
@@ -166,9 +166,11 @@ class SharedObjective(deepstyle.Objective):
         return super().evaluate(x.astype("float32"))
 
     def for_each(self, tiles: list[deepstyle.Tile], compute: Callable, *given: Any) -> Iterator[Any]:
+        import ray
+
         of_tile, (x, *rest) = compute.__self__, given  # type: ignore[attr-defined]
-        sent = self.send("of_tile", of_tile), self.send("x", x)
-        return self.workers.map(tiles, compute.__name__, sent[0], sent[1], *rest)
+        sent = self.send("of_tile", of_tile), self.send("x", x), *map(ray.put, rest)
+        return self.workers.map(tiles, compute.__name__, *sent)
 
     def send(self, name: str, value: Any) -> Any:
         """Ray's reference to a value, which is sent anew only if it is another object than the last by this name."""
