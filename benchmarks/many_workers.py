@@ -80,14 +80,8 @@ def row(side: int, workers: int, at_most: int, seconds: float) -> list[str]:
     slow, fast = (8 * sent / rate for rate in (10e9, 100e9))
     cells = [f"{side} x {side}", f"{workers}", f"{tiles} of {tile}"]
     cells += [f"{part / 1e9:.2f}" for part in (x, grams * (tiles + workers), gradients)]
-    return [
-        *cells,
-        f"{slow:.2f}",
-        f"{fast:.2f}",
-        f"{computing:.0f}",
-        f"{slow / computing:.2%}",
-        f"{fast / computing:.2%}",
-    ]
+    cells += [f"{slow:.1f}", f"{fast:.1f}", f"{computing:.0f}"]
+    return [*cells, *(f"{sending / computing:.1%}" for sending in (slow, fast))]
 
 
 def table(at_most: int, seconds: float) -> None:

@@ -133,6 +133,7 @@ class Workers:
         try:
             result = ray.get(done[0])
         except ray.exceptions.RayTaskError as error:  # the worker lives, but this cannot be computed
+            self.free.append(worker)
             raise error.cause from None
         except ray.exceptions.RayError as error:
             self.deaths += 1

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from conftest import IMAGES, SMALL, smooth_picture
 
@@ -137,14 +136,14 @@ def test_a_worker_that_is_killed_is_replaced_and_its_tile_computed_again(workers
     assert len(before & set(workers.free)) == 1
 
 
-def test_a_tile_that_cannot_be_computed_is_told_as_in_one_process(workers, untrained):
-    here, shared, x = both(workers, untrained, 96, 48)
+def test_what_a_worker_raises_is_raised_here_and_it_goes_on_working(workers, untrained):
+    _, shared, x = both(workers, untrained, 96, 48)
     with pytest.raises(deepstyle.UserError, match="loss is no longer finite; lower its weight"):
         shared.evaluate(np.full_like(x, np.nan))
-    with pytest.raises(Exception, match="filter") as expected:
-        here.evaluate(x[:, 0])
-    with pytest.raises(type(expected.value), match="filter"):
-        shared.evaluate(x[:, 0])
+    tiles = shared._tiles(shared.size, ["conv5_2"])
+    for _ in range(workers.number + 1):
+        with pytest.raises(AttributeError, match="no attribute 'paint'"):
+            list(workers.map(tiles, "paint", shared.of_tile))
     assert np.isfinite(shared.evaluate(x).loss)
 
 
@@ -167,50 +166,65 @@ def state_of(prefix):
         return int(state["iteration"]), bool(state["partial"])
 
 
-def workers_of(run):
-    found = []
-    for process in psutil.Process(run.pid).children(recursive=True):
-        try:
-            found += [process] if "ray::Worker" in " ".join(process.cmdline()) else []
-        except psutil.Error:
-            continue
-    return found
-
-
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")
-def test_either_program_goes_on_with_the_others_run_however_it_ended(picture_files, tmp_path, capfd):
+def test_either_program_goes_on_with_the_others_run_and_ctrl_c_saves_the_picture(picture_files, tmp_path, capfd):
     prefix = tmp_path / "a"
     assert deepstyle.main([*picture_files, str(prefix), *SMALL, "--num_iter", "1"]) == 0
-    # Ctrl-C at a terminal reaches all processes of the group.
     run = start(picture_files, prefix, "--num_iter", "100000", "--resume")
     wait_for(Path(f"{prefix}_at_iteration_2.png"), run)
-    os.killpg(run.pid, signal.SIGINT)
+    os.killpg(run.pid, signal.SIGINT)  # at a terminal it reaches all processes of the group
     out, err = run.communicate(timeout=60)
     assert run.returncode == 130
     assert out.startswith("going on after iteration 1\npainting 32 x 42 pixels on 2 workers with 1 CPU core each of")
     assert re.fullmatch(r"deepstyle: stopped.*, and the same command with --resume goes on from there\n", err)
     done, partial = state_of(prefix)
     assert done >= 2
-    # A worker that dies on the way is no loss; when each one dies, the run ends.
-    run = start(picture_files, prefix, "--num_iter", "100000", "--resume")
-    wait_for(Path(f"{prefix}_at_iteration_{done + 2}.png"), run)
-    workers_of(run)[0].kill()
-    now = state_of(prefix)[0]
-    wait_for(Path(f"{prefix}_at_iteration_{now + 2}.png"), run)
-    while run.poll() is None:
-        for worker in workers_of(run):
-            worker.kill()
-        time.sleep(0.05)
-    out, err = run.communicate()
-    assert run.returncode == 1
-    assert re.fullmatch(r"deepstyle: error: no worker is left: 7 died one after another; .*\n", err)
-    done, partial = state_of(prefix)
     assert Path(f"{prefix}_at_iteration_{done + partial}.png").exists()
     capfd.readouterr()
     assert deepstyle.main([*picture_files, str(prefix), *SMALL, "--num_iter", str(done + 1), "--resume"]) == 0
     assert capfd.readouterr().out.startswith(f"going on after iteration {done}\n")
     assert deepstyle.main(["--describe", f"{prefix}_at_iteration_2.png"]) == 0
     assert re.search(r"\npython examples/large_picture.py \S+ \S+ \S+ --workers 2 .*--tile 32", capfd.readouterr().out)
+
+
+def test_a_run_without_any_worker_left_ends_with_its_last_picture_and_state(
+    workers, picture_files, tmp_path, monkeypatch, capfd
+):
+    import ray
+
+    prefix, start = tmp_path / "a", workers.start
+
+    def still_born():
+        worker = start()
+        ray.kill(worker)
+        return worker
+
+    def die_in_the_second_iteration(waiting):
+        if Path(f"{prefix}_at_iteration_1.png").exists() and workers.start == start:
+            for worker in [*workers.free, *(worker for worker, *_ in workers.busy.values())]:
+                ray.kill(worker)
+            workers.start = still_born
+        large_picture.Workers.wait(workers, waiting)
+
+    def run(arguments, settings):
+        make = large_picture.functools.partial(large_picture.SharedObjective, workers)
+        return deepstyle.run(arguments, settings, deepstyle.Computing(device=lambda: "workers", make=make))
+
+    monkeypatch.setattr(workers, "wait", die_in_the_second_iteration)
+    try:
+        assert deepstyle.main([*picture_files, str(prefix), *SMALL, "--tile", "32", "--num_iter", "9"], run=run) == 1
+    finally:
+        monkeypatch.undo()
+        workers.start, workers.deaths = start, 0
+        while len(workers.busy) + len(workers.free) < workers.number:
+            workers.add()
+    told = capfd.readouterr().err
+    assert re.fullmatch(r"deepstyle: error: no worker is left: 7 died one after another; .*\n", told)
+    done, partial = state_of(prefix)
+    assert done >= 1
+    assert Path(f"{prefix}_at_iteration_{done + partial}.png").exists()
+    with np.load(f"{prefix}_state.npz") as state:
+        assert np.isfinite(state["x"]).all()
 
 
 @pytest.mark.parametrize(
