@@ -119,10 +119,12 @@ class Workers:
                     worker, number = self.free.pop(), waiting.popleft()
                     self.busy[worker.compute.remote(method, of_tile, tiles[number], *given)] = worker, number, found
                 self.wait(waiting)
+            if isinstance(found[next_one], Exception):
+                raise found[next_one]
             yield found.pop(next_one)
 
     def wait(self, waiting: deque[int]) -> None:
-        """Take the next result, or put the tile of a worker that died back to those that are waiting."""
+        """Take the next result, or error, or put the tile of a worker that died back to those that are waiting."""
         import ray
 
         computing = any(number is not None for _, number, _ in self.busy.values())
@@ -133,8 +135,7 @@ class Workers:
         try:
             result = ray.get(done[0])
         except ray.exceptions.RayTaskError as error:  # the worker lives, but this cannot be computed
-            self.free.append(worker)
-            raise error.cause from None
+            result = error.cause
         except ray.exceptions.RayError as error:
             self.deaths += 1
             if self.deaths > DEATHS * self.number:
