@@ -520,7 +520,8 @@ class TileLosses:
 
     It knows the targets and the masks of the whole picture, but not which tiles there are, nor where they are computed:
     it takes tiles and pictures (arrays, or tensors where they are), and gives arrays, but a gradient as a tensor. Until
-    it has its targets (`aim`) only features and Gram matrices can be asked for.
+    it has its targets (`aimed`) only features and Gram matrices can be asked for. All that it knows but the network's
+    weights can be sent to another process.
     """
 
     def __init__(
@@ -535,7 +536,7 @@ class TileLosses:
         self.losses, self.masks, self.size, self.pool_type = tuple(losses), masks, size, settings.pool_type
         self.weights = reuse("the network", lambda: on_device(weights, settings.padding))
         self.content_targets: dict[str, np.ndarray] = {}  # {layer: (h, w, C)}, in NumPy: not on a GPU
-        self.style_targets: dict[str, Any] = {}
+        self.style_targets: dict[str, np.ndarray] = {}
 
     def places(self, kind: str = "") -> list[Place]:
         """Where the losses of this kind look."""
@@ -545,11 +546,11 @@ class TileLosses:
         """The layers that an evaluation needs."""
         return layers_of(self.losses)
 
-    def aim(self, content_targets: dict[str, np.ndarray], style_targets: dict[str, np.ndarray]) -> None:
-        """Set the targets: the content's features, {layer: (h, w, C)}, and the styles' Grams, {loss: (C, C)}."""
-        self.content_targets = content_targets
-        to_tensor = import_keras().ops.convert_to_tensor
-        self.style_targets = {name: to_tensor(gram) for name, gram in style_targets.items()}
+    def aimed(self, content_targets: dict[str, np.ndarray], style_targets: dict[str, np.ndarray]) -> "TileLosses":
+        """With its targets: the content's features, {layer: (h, w, C)}, and the styles' Grams, {loss: (C, C)}."""
+        aimed = copy.copy(self)
+        aimed.content_targets, aimed.style_targets = content_targets, style_targets
+        return aimed
 
     def only(self, name: str) -> "TileLosses":
         """The loss of this name alone."""
@@ -649,7 +650,8 @@ class Objective:
         self.reuse = reuse or Reuse()
         self.of_tile = TileLosses(losses, placed, self.size, weights, settings, self.reuse)
         content_targets = self._in_memory(self._content_targets, to_input_space(filled(pictures.content)))
-        self.of_tile.aim(content_targets, self._in_memory(self._style_targets, pictures.styles))
+        style_targets = self._in_memory(self._style_targets, pictures.styles)
+        self.of_tile = self.of_tile.aimed(content_targets, style_targets)
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         evaluation = self.evaluate(x)
@@ -1076,17 +1078,19 @@ def paint(
     stop: Callable[[], bool] = lambda: False,
     on_smaller_tiles: Callable[[int], None] = lambda tile: None,
     reuse: Reuse | None = None,
+    make: Callable[..., Objective] = Objective,
 ) -> Generator[Iteration, None, None]:
     """`stylize` for settings, weights and maybe a plan that are at hand, going on from `state` if there is one.
 
     `on_evaluation` is told the size that is painted, and what `minimise` tells; `stop` is as there, `on_smaller_tiles`
-    and `reuse` as in `Objective`.
+    and `reuse` as in `Objective`. `make` is given what Objective is, and makes one.
     """
     shaped_by = state.shaped_by if state else what_shapes(pictures, settings, weights)
     sizes = picture_sizes(pictures.content.shape, settings)
     plan = plan or plan_memory(sizes[-1], settings, held_by(pictures, settings))
-    way = way_of_computing(settings, plan)
-    exact = state is None or state.way == way
+    # Workers may have other threads than this process, and so round otherwise.
+    way = way_of_computing(settings, plan) if make is Objective else ""
+    exact = state is None or (state.way == way != "")
     x = state.x if state else start_picture(pictures, sizes[0], settings)
     totals = iterations_at_sizes(sizes, settings)
     for size in sizes[sizes.index(state.size) if state else 0 :]:
@@ -1095,7 +1099,7 @@ def paint(
         if not state:
             state = State(x, np.empty((0, 4)), shaped_by, 0, False)
         watch = functools.partial(on_evaluation, size)
-        objective = objective_at(size, pictures, settings, weights, plan.tile, on_smaller_tiles, reuse)
+        objective = objective_at(size, pictures, settings, weights, plan.tile, on_smaller_tiles, reuse, make)
         full = size == sizes[-1]
         for reached in iterations_at(objective, state, settings, full, totals[size], watch, stop, plan.history):
             x, exact = reached.state.x, exact and objective.tile == plan.tile
@@ -1199,12 +1203,13 @@ def objective_at(
     tile: int | None,
     on_smaller_tiles: Callable[[int], None] = lambda tile: None,
     reuse: Reuse | None = None,
+    make: Callable[..., Objective] = Objective,
 ) -> Objective:
     """The objective for the pictures resized for (rows, columns), whole or in tiles."""
     content, styles = shown_at(size, pictures, settings)
     given: dict[str, Any] = {"style_masks": pictures.style_masks, "content_mask": pictures.content_mask}
     given |= {"weights": weights, "tile": str(tile or "off"), "on_smaller_tiles": on_smaller_tiles, "reuse": reuse}
-    return Objective(content, styles, **vars(settings) | given)
+    return make(content, styles, **vars(settings) | given)
 
 
 def shown_at(size: tuple[int, int], pictures: Pictures, settings: Settings) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -1268,7 +1273,25 @@ class Shared(NamedTuple):
     received: list[int]  # signals
 
 
-def run(arguments: argparse.Namespace, settings: Settings, shared: Shared | None = None, name: str = "") -> Ending:
+class Computing(NamedTuple):
+    """How a run computes: in this process, or as another program has it that is this one in all else."""
+
+    plan: Callable[[tuple[int, int], Settings, float, tuple[float, float] | None], Plan] = plan_memory
+    device: Callable[[], str] = describe_device  # in words; it must be there before anything is moved
+    make: Callable[..., Objective] = Objective
+    program: tuple[str, ...] = ("deepstyle.py",)  # and flags of its own, for the command that makes the picture again
+
+
+HERE = Computing()
+
+
+def run(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    shared: Shared | None = None,
+    name: str = "",
+    computing: Computing = HERE,
+) -> Ending:
     """One photo: check everything, paint, show and save each iteration.
 
     Of a folder's, by its name, there are only the bar and what is moved aside to see.
@@ -1279,7 +1302,7 @@ def run(arguments: argparse.Namespace, settings: Settings, shared: Shared | None
     totals = iterations_at_sizes([*coarser, size], settings)
     frames, reported = (1 + sum(totals.values()) if path else 0 for path in (outputs.animation, outputs.report))
     held = held_by(pictures, settings, frames) + held_for_report(size, reported)
-    plan = plan_memory(size, settings, held, shared.free if shared else None)
+    plan = computing.plan(size, settings, held, shared.free if shared else None)
     outputs.keeps = kept_bytes(size, plan.history) if settings.optimizer == "device" else 0
     outputs.check(input_paths(arguments, settings), saved_size(pictures, settings))
     weights, source = (shared.weights, "") if shared else load_weights(settings.weights, settings.seed, settings.model)
@@ -1302,14 +1325,15 @@ def run(arguments: argparse.Namespace, settings: Settings, shared: Shared | None
             if not (arguments.quiet or shared):
                 tell(f"nothing to do: {done} iterations are done; a larger --num_iter goes on from there")
             return Ending(0, False, float(state.losses[-1][0]), outputs.picture_path(done))
-        outputs.made = how_it_is_made(arguments, settings, plan)  # loads Keras: it must work before anything is moved
+        device = computing.device()
+        outputs.made = how_it_is_made(arguments, settings, plan, computing.program)
         if not state and (moved := outputs.clear_the_way(arguments.overwrite)):
             console.print(moved)
         if arguments.resume:
             where = f" at {state.size[0]} x {state.size[1]}" if state and coarse else ""
             after = f"going on after iteration {state.iteration}{where}" if state else ""
             show(after or "there is nothing to resume: a new run")
-        show(f"painting {size[0]} x {size[1]} pixels on {describe_device()}; {source}")
+        show(f"painting {size[0]} x {size[1]} pixels on {device}; {source}")
         show(plan.in_words(settings.history))
         if settings.optimizer == "device" and not outputs.keeps:
             show("what L-BFGS learns would be gigabytes and is not kept: after --resume it is learnt again")
@@ -1333,7 +1357,7 @@ def run(arguments: argparse.Namespace, settings: Settings, shared: Shared | None
 
             reuse = shared.reuse if shared else None
             watch = on_evaluation, lambda: bool(received), on_smaller_tiles
-            iterations = paint(pictures, settings, weights, plan, state, *watch, reuse)
+            iterations = paint(pictures, settings, weights, plan, state, *watch, reuse, computing.make)
             last = save_all(iterations, outputs, totals, show)
     if received:
         tell(name + describe_stop(last, done))
@@ -1429,11 +1453,14 @@ def outputs_of(arguments: argparse.Namespace) -> Outputs:
 MASKS = ("style_masks", "content_mask", "color_mask")
 
 
-def how_it_is_made(arguments: argparse.Namespace, settings: Settings, plan: Plan) -> dict[str, Any]:
+def how_it_is_made(
+    arguments: argparse.Namespace, settings: Settings, plan: Plan, program: tuple[str, ...] = HERE.program
+) -> dict[str, Any]:
     """All that a picture's text says of its command: with the plan as it was, however much memory there is later."""
     planned = {"tile": str(plan.tile or "off"), "history": plan.history, "max_memory": 0.0}
     return {
         "version": __version__,
+        "program": program,
         "settings": dataclasses.asdict(settings) | planned,
         "pictures": [arguments.content, *arguments.style],
         "prefix": arguments.prefix,
@@ -1484,17 +1511,24 @@ def read_named(path: str, arguments: argparse.Namespace, as_mask: bool = False) 
     return picture
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit status; see the README for what each means."""
+def main(
+    argv: list[str] | None = None,
+    parser: Parser | None = None,
+    run_one: Callable[[argparse.Namespace, Settings], Ending] | None = None,
+) -> int:
+    """The command. Returns its exit status; see the README for what each means.
+
+    Another program's parser may know more arguments than `command_line`, and its `run_one` what to do with them.
+    """
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     fill_closed_descriptors()
     try:
-        arguments = command_line().parse_args(argv)
+        arguments = (parser or command_line()).parse_args(argv)
         names = [field.name for field in dataclasses.fields(Settings)]
         settings = Settings(**{name: getattr(arguments, name) for name in names})
-        if os.path.isdir(arguments.content):
+        if os.path.isdir(arguments.content) and not run_one:
             return run_folder(arguments, settings)
-        return run(arguments, settings).status
+        return (run_one or run)(arguments, settings).status
     except SystemExit as ending:  # --help and --version
         return int(ending.code or 0)
     except KeyboardInterrupt:

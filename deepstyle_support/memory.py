@@ -21,6 +21,8 @@ LARGE_TILE = 512  # pixels: at 1024 x 1024 tiles of this size take 2 times as lo
 SMALL_TILE = 128
 FEW_CORRECTIONS = 5
 DEVICE_VECTORS = 14  # beyond 2 m for m corrections: 13 measured at 1024 x 1024 and 2048 x 2048, and one to be sure
+WORKER = 800e6  # bytes of a process that computes tiles for this one, before it computes
+RAY = 400e6  # of Ray's own processes
 
 
 class Wishes(Protocol):
@@ -64,24 +66,29 @@ class Plan(NamedTuple):
 
 
 def plan_memory(
-    size: tuple[int, int], settings: Wishes, held: float = 0, found: tuple[float, float] | None = None
+    size: tuple[int, int], settings: Wishes, held: float = 0, found: tuple[float, float] | None = None, workers: int = 0
 ) -> Plan:
     """The quickest way to paint a picture of (rows, columns) in the memory that is free, less the bytes `held` beside.
+
+    With `workers` so many processes on this machine compute tiles at the same time, each on a GPU of its own if there
+    are any.
 
     The picture is computed as a whole if that fits, and else in the largest tiles that do. Before tiles get smaller
     than 512 pixels, L-BFGS keeps fewer corrections, down to 5. Raises UserError if nothing fits, with the largest size
     that would. found: what `free_memory` said before this process took any.
     """
     free, gpu_free = found or free_memory(settings.max_memory)
-    if plan := way_that_fits(size, settings, free - held, gpu_free):
+    if plan := way_that_fits(size, settings, free - held, gpu_free, workers):
         return plan._replace(needed=plan.needed + held, free=free)
 
     def too_large(rows: int) -> bool:
-        return not way_that_fits((rows, max(1, rows * size[1] // size[0])), settings, free - held, gpu_free)
+        smaller = rows, max(1, rows * size[1] // size[0])
+        return not way_that_fits(smaller, settings, free - held, gpu_free, workers)
 
     largest = bisect.bisect(range(1, size[0]), False, key=too_large)
     tile = SMALL_TILE if settings.tile == "auto" else given_tile(settings)
-    needed = held + sum(needed_memory(size, tile, min(settings.history, FEW_CORRECTIONS), *network_of(settings)))
+    fewest = min(settings.history, FEW_CORRECTIONS)
+    needed = held + sum(needed_by_all(workers, bool(gpu_free), size, tile, fewest, settings))
     raise UserError(
         f"{size[0]} x {size[1]} pixels need {needed / 1e9:.1f} GB of memory "
         f"{'or more' if settings.tile == 'auto' else '(--tile auto may need less)'}, {free / 1e9:.1f} GB are free"
@@ -90,17 +97,20 @@ def plan_memory(
     )
 
 
-def way_that_fits(size: tuple[int, int], settings: Wishes, free: float, gpu_free: float) -> Plan | None:
+def way_that_fits(
+    size: tuple[int, int], settings: Wishes, free: float, gpu_free: float, workers: int = 0
+) -> Plan | None:
     """The plan for a picture of (rows, columns) in so many bytes; None if there is none."""
     side, fewest = max(size), min(settings.history, FEW_CORRECTIONS)
 
     def corrections(tile: int | None) -> float:
         """How many L-BFGS can keep beside tiles of this size, at most as many as are wished for; or less than 0."""
-        here, on_gpu = needed_memory(size, tile, 0, *network_of(settings)).shared(bool(gpu_free), settings.optimizer)
+        needed = needed_by_all(workers, bool(gpu_free), size, tile, 0, settings)
+        here, on_gpu = needed.shared(bool(gpu_free), settings.optimizer)
         room = free - here
         if gpu_free and (room < 0 or on_gpu > gpu_free):
             return -1
-        if gpu_free and settings.optimizer == "device":
+        if gpu_free and settings.optimizer == "device" and not workers:
             room = gpu_free - on_gpu
         return min(settings.history, room // bytes_per_correction(size, settings.optimizer))
 
@@ -124,7 +134,7 @@ def way_that_fits(size: tuple[int, int], settings: Wishes, free: float, gpu_free
     history = corrections(tile)
     if history < fewest:
         return None
-    needed = needed_memory(size, tile, int(history), *network_of(settings))
+    needed = needed_by_all(workers, bool(gpu_free), size, tile, int(history), settings)
     here, on_gpu = needed.shared(bool(gpu_free), settings.optimizer)
     whole_or_tile = tile if tile and tile < side else None
     return Plan(whole_or_tile, int(history), here, free, (on_gpu, gpu_free) if gpu_free else None)
@@ -187,7 +197,7 @@ def needed_memory(
     """
     pixels = math.prod(size)
     layers = CHANNELS[model]
-    computed = math.prod(min(side, tile + 2 * halo(layers, model)) for side in size) if tile else pixels
+    computed = largest_window(size, tile, model) if tile else pixels
     # Of VGG16's features, 270 numbers a pixel, 7.6 bytes a number are there at once; of tiles more, since their shapes
     # differ, and what one leaves does not fit the next.
     numbers = computed * sum(channels / stride(name) ** 2 for name, channels in layers.items())
@@ -203,6 +213,51 @@ def needed_memory(
     vectors = 5 + 13 if optimizer == "scipy" else DEVICE_VECTORS
     needed = (2 * history + vectors) * bytes_per_vector(size, optimizer)
     return Needed(computing, needed, 900e6 + pixels * targets)
+
+
+def needed_by_all(
+    workers: int, on_gpus: bool, size: tuple[int, int], tile: int | None, history: int, settings: Wishes
+) -> Needed:
+    """`needed_memory` of one process, or of this one and `workers` that compute for it; on GPUs, of each GPU.
+
+    Beside them Ray's store holds x, once more than this process, the content's features, and of each worker two
+    gradients: the one that it has computed, and the one that waits until those before it are added.
+    """
+    needed = needed_memory(size, tile, history, *network_of(settings))
+    if not workers:
+        return needed
+    layers = CHANNELS[settings.model]
+    targets = 4 * sum(layers[name] / stride(name) ** 2 for name in settings.content_layer)
+    window = largest_window(size, tile or max(size), settings.model)
+    ray = RAY + workers * (WORKER + 2 * 3 * 4 * window) + math.prod(size) * (2 * 3 * 4 + targets)
+    # The GPUs are the workers': this process has the optimiser's vectors in main memory.
+    return Needed(needed.computing * (1 if on_gpus else workers), 0, needed.vectors + needed.rest + ray)
+
+
+def largest_window(size: tuple[int, int], tile: int, model: str) -> int:
+    """Pixels that are computed at a time, at most: a tile, and all around it that its features can see."""
+    return math.prod(min(side, tile + 2 * halo(CHANNELS[model], model)) for side in size)
+
+
+def shared_tile(size: tuple[int, int], at_most: int | None, workers: int, model: str, kept: bool) -> int:
+    """The tile, of at most so many pixels a side, with which so many workers compute (rows, columns) soonest.
+
+    There are at least as many tiles as workers, if the picture has so many blocks of 16 x 16. What takes the time is
+    the number of tiles that one worker computes in turn, times the largest window. If it is to be `kept`, `at_most`
+    itself is the tile where it leaves no worker without one.
+    """
+
+    def tiles(tile: int) -> int:
+        return math.prod(math.ceil(side / tile) for side in size)
+
+    def seconds(tile: int) -> int:
+        return math.ceil(tiles(tile) / workers) * largest_window(size, tile, model)
+
+    if kept and at_most and tiles(at_most) >= workers:
+        return at_most
+    sides = {math.ceil(max(size) / parts / 16) * 16 for parts in range(1, max(size) // 16 + 2)}
+    enough = [tile for tile in sides if tile <= (at_most or tile) and tiles(tile) >= workers]
+    return min(enough, key=lambda tile: (seconds(tile), -tile), default=16)
 
 
 def held_beside(

@@ -23,7 +23,8 @@ def read_made(path: str) -> dict[str, Any]:
 
 def command_again(made: dict[str, Any], defaults: dict[str, Any]) -> str:
     """A command line that makes the same pictures, from what a picture's text says."""
-    command = ["python", "deepstyle.py", *made["pictures"], made["prefix"]]
+    program, *own_flags = made.get("program", ["deepstyle.py"])
+    command = ["python", program, *made["pictures"], made["prefix"], *own_flags]
     for name, value in (made["settings"] | made["masks"]).items():
         if words(value) != words(defaults.get(name)):
             command += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]

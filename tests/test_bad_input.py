@@ -286,7 +286,7 @@ def test_other_failures_are_one_line_and_status_1(picture_files, tmp_path, capsy
     def fail(*arguments, **options):
         raise RuntimeError("out of\nluck")
 
-    monkeypatch.setattr(deepstyle, "Objective", fail)
+    monkeypatch.setattr(deepstyle.Objective, "__init__", fail)
     command = [*picture_files, str(tmp_path / "a"), *SMALL, "--quiet"]
     assert deepstyle.main(command) == 1
     assert capsys.readouterr().err == "deepstyle: error: RuntimeError: out of luck; --debug shows where\n"

@@ -177,14 +177,15 @@ def test_style_size_and_fit_decide_the_shape_that_a_style_is_shown_in():
         deepstyle.style_sizes(styles, (200, 300), Settings(image_size=200, style_size=31))
 
 
-def test_the_objective_gets_the_styles_in_their_shapes(untrained, monkeypatch):
+def test_the_objective_gets_the_styles_in_their_shapes(untrained):
     shapes = []
-    monkeypatch.setattr(
-        deepstyle, "Objective", lambda content, styles, **options: shapes.extend([content.shape, styles[0].shape])
-    )
+
+    def make(content, styles, **options):
+        shapes.extend([content.shape, styles[0].shape])
+
     pictures = deepstyle.Pictures(picture(1, (40, 60)), (picture(2, (40, 80)),))
     settings = Settings(image_size=40, style_size=32, style_fit="keep")
-    deepstyle.objective_at((40, 60), pictures, settings, untrained, None)
+    deepstyle.objective_at((40, 60), pictures, settings, untrained, None, make)
     assert shapes == [(40, 60, 3), (32, 64, 3)]
 
 

@@ -303,12 +303,15 @@ def test_a_grey_style_is_not_blown_up_to_noise():
     assert np.abs(matched[0, 0].astype(int) - matched[0, 1]).max() < 60
 
 
-def test_match_recolours_the_styles_and_leaves_the_result_alone(untrained, monkeypatch):
+def test_match_recolours_the_styles_and_leaves_the_result_alone(untrained):
     shown = []
-    monkeypatch.setattr(deepstyle, "Objective", lambda content, styles, **options: shown.extend(styles))
     pictures = Pictures(smooth_picture(1, 40, 40), (smooth_picture(2, 40, 40),))
     settings = Settings(image_size=40, preserve_color="match")
-    deepstyle.objective_at((40, 40), pictures, settings, untrained, None)
+
+    def make(content, styles, **options):
+        shown.extend(styles)
+
+    deepstyle.objective_at((40, 40), pictures, settings, untrained, None, make)
     np.testing.assert_array_equal(shown[0], match_colours(pictures.styles[0], pictures.content))
     x = deepstyle.to_input_space(pictures.styles[0])
     np.testing.assert_array_equal(deepstyle.finish(x, pictures.content, settings), pictures.styles[0])

@@ -1,0 +1,113 @@
+"""What sharing one picture's tiles out costs: measured on this machine, and calculated for others.
+
+usage: python benchmarks/many_workers.py measure [--rows 1024] [--tile 512] [--workers 2] [--rounds 5]
+       python benchmarks/many_workers.py table [--seconds 5.0]
+
+`measure` evaluates the same picture in the same tiles in turn, in this process with all cores and with workers that
+share them, and prints the ratio of each round and their median; also the seconds of a megapixel of window, all passes,
+with which `table` calculates. Weights are random, which makes no difference to the time. It takes about five minutes.
+
+`table` prints docs/many_workers.md's: for each size and number of workers the bytes of an evaluation that leave or
+reach this program's machine, the seconds that they take, and the seconds of computing.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(FOLDER), str(FOLDER / "examples")]
+import large_picture  # noqa: E402
+import numpy as np  # noqa: E402
+
+import deepstyle  # noqa: E402, it is not installed but lies above
+from deepstyle_support.memory import largest_window, shared_tile  # noqa: E402
+from deepstyle_support.pictures import resize  # noqa: E402
+from deepstyle_support.vgg import CHANNELS, halo  # noqa: E402
+from deepstyle_support.weights import random_weights  # noqa: E402
+
+
+def seconds_of(objective: deepstyle.Objective, x: np.ndarray) -> float:
+    began = time.perf_counter()
+    objective(x)
+    return time.perf_counter() - began
+
+
+def measure(rows: int, tile: int, number: int, rounds: int) -> None:
+    random = np.random.default_rng(0)
+    content, style = (resize(random.integers(0, 256, (40, 40, 3), np.uint8), (rows, rows)) for _ in range(2))
+    options = vars(deepstyle.Settings(tile=str(tile))) | {"weights": random_weights(0)}
+    workers = large_picture.Workers(number)
+    print(f"{workers.begin()}; load {os.getloadavg()[0]:.1f}", flush=True)
+    try:
+        shared = large_picture.SharedObjective(workers, content, style, **options)
+        here = deepstyle.Objective(content, style, **options)
+        x = deepstyle.to_input_space(content)
+        losses = here(x)[0], shared(x)[0]  # both have compiled now
+        print(f"losses agree to {abs(losses[1] / losses[0] - 1):.0e}", flush=True)
+        pairs = []
+        for _ in range(rounds):
+            pairs.append((seconds_of(here, x), seconds_of(shared, x)))
+            print(f"one process {pairs[-1][0]:.2f} s, {number} workers {pairs[-1][1]:.2f} s, ", end="")
+            print(f"ratio {pairs[-1][1] / pairs[-1][0]:.2f}; load {os.getloadavg()[0]:.1f}", flush=True)
+    finally:
+        workers.end()
+    seconds = statistics.median(one for one, _ in pairs)
+    print(f"median ratio {statistics.median(shared / one for one, shared in pairs):.2f}")
+    print(f"{seconds / window_pixels((rows, rows), tile) * 1e6:.2f} s a megapixel of window in one process")
+
+
+def window_pixels(size: tuple[int, int], tile: int) -> int:
+    """Of all windows of the second pass."""
+    tiles = deepstyle.tiles_of(size, tile, halo(["conv5_2"], "vgg16"))
+    return sum(math.prod(part.stop - part.start for part in tile.window) for tile in tiles)
+
+
+def row(side: int, workers: int, at_most: int, seconds: float) -> list[str]:
+    """Of one size and number of workers, each on a machine of its own."""
+    size = side, side
+    tile = shared_tile(size, at_most, workers, "vgg16", kept=False)
+    tiles = math.ceil(side / tile) ** 2
+    x = 4 * 3 * side**2 * workers
+    grams = 4 * sum(CHANNELS["vgg16"][layer] ** 2 for layer in deepstyle.STYLE_LAYERS)
+    gradients = 4 * 3 * window_pixels(size, tile)
+    sent = x + grams * (tiles + workers) + gradients
+    computing = math.ceil(tiles / workers) * largest_window(size, tile, "vgg16") / 1e6 * seconds
+    slow, fast = (8 * sent / rate for rate in (10e9, 100e9))
+    cells = [f"{side} x {side}", f"{workers}", f"{tiles} of {tile}"]
+    cells += [f"{part / 1e9:.2f}" for part in (x, grams * (tiles + workers), gradients)]
+    cells += [f"{slow:.1f}", f"{fast:.1f}", f"{computing:.0f}"]
+    return [*cells, *(f"{sending / computing:.1%}" for sending in (slow, fast))]
+
+
+def table(at_most: int, seconds: float) -> None:
+    heads = ["pixels", "workers", "tiles", "x, GB", "Grams, GB", "gradients, GB", "at 10 Gbit/s, s", "at 100 Gbit/s, s"]
+    heads += ["computing, s", "sending / computing at 10", "at 100"]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for side in (4096, 8192, 16384):
+        for workers in (1, 2, 4, 8, 16, 32, 64):
+            print(f"| {' | '.join(row(side, workers, at_most, seconds))} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["measure", "table"])
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--tile", type=int, default=512, help="of measure")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--largest", type=int, default=1024, help="tile of table, at most")
+    parser.add_argument("--seconds", type=float, default=8.0, help="for a megapixel of window")
+    arguments = parser.parse_args()
+    if arguments.what == "measure":
+        measure(arguments.rows, arguments.tile, arguments.workers, arguments.rounds)
+    else:
+        table(arguments.largest, arguments.seconds)
+
+
+if __name__ == "__main__":
+    main()

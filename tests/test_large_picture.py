@@ -1,0 +1,304 @@
+"""One picture on several workers: what they compute is the same, and what happens to them loses nothing."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import IMAGES, SMALL, smooth_picture
+
+import deepstyle
+from deepstyle_support import memory
+from deepstyle_support.memory import plan_memory, shared_tile
+
+sys.path.insert(0, str(IMAGES.parent / "examples"))
+import large_picture
+
+PROGRAM = [sys.executable, large_picture.__file__]
+
+
+@pytest.fixture(scope="module")
+def workers(untrained):
+    """Two workers, of which Ray's start and the loading of TensorFlow take most of this file's time."""
+    pair = large_picture.Workers(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setattr(os, "cpu_count", lambda: 2)
+        pair.begin()
+    pair.employ(untrained, "zeros")
+    yield pair
+    pair.end()
+
+
+def both(workers, untrained, rows, columns, styles=1, **options):
+    """The objective in this process and with workers, and a picture to try them on."""
+    content, *shown = (smooth_picture(seed, rows, columns) for seed in range(1, 2 + styles))
+    options = vars(deepstyle.Settings(tile="48")) | options | {"weights": untrained}
+    here = deepstyle.Objective(content, shown, **options)
+    shared = large_picture.SharedObjective(workers, content, shown, **options)
+    x = deepstyle.to_input_space(content) + np.random.default_rng(3).normal(0, 20, content.shape)
+    return here, shared, x
+
+
+def all_ready(workers):
+    while len(workers.free) < workers.number:
+        workers.wait(large_picture.deque())
+
+
+def region(rows, columns):
+    mask = np.zeros((rows, columns), np.uint8)
+    mask[: rows // 2] = 255
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "options"),
+    [
+        (96, 48, {}),
+        (103, 45, {"pool_type": "max", "content_layer": ("conv4_2", "conv5_2")}),
+        (
+            96,
+            48,
+            {
+                "styles": 2,
+                "style_masks": [region(96, 48), 255 - region(96, 48)],
+                "content_mask": region(96, 48),
+                "style_weight": (1.0, 2.0),
+            },
+        ),
+    ],
+    ids=["whole tiles", "an odd size", "styles and masks"],
+)
+def test_loss_and_gradient_are_those_of_one_process(workers, untrained, rows, columns, options):
+    here, shared, x = both(workers, untrained, rows, columns, **options)
+    expected, got = here.evaluate(x), shared.evaluate(x)
+    assert len(shared._tiles(shared.size, ["conv5_2"])) >= 2
+    assert got.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert got.parts == pytest.approx(expected.parts, rel=1e-5)
+    assert np.linalg.norm(got.gradient - expected.gradient) <= 1e-5 * np.linalg.norm(expected.gradient)
+
+
+def test_it_makes_no_difference_which_worker_computes_what(workers, untrained):
+    _, shared, x = both(workers, untrained, 96, 48)
+    all_ready(workers)
+    by_two = shared.evaluate(x)
+    resting = workers.free.pop()
+    by_one = shared.evaluate(x)
+    workers.free.append(resting)
+    assert by_one.parts == by_two.parts
+    assert np.array_equal(by_one.gradient, by_two.gradient)
+
+
+def test_x_is_sent_once_for_both_passes_and_anew_for_another_evaluation(workers, untrained, monkeypatch):
+    import ray
+
+    _, shared, x = both(workers, untrained, 96, 48)
+    sent, put = [], ray.put
+    monkeypatch.setattr(ray, "put", lambda value: sent.append(value) or put(value))
+    first = shared.evaluate(x)
+    x += 1
+    second = shared.evaluate(x)
+    assert [getattr(value, "dtype", None) for value in sent].count(np.float32) == 2
+    assert sum(isinstance(value, deepstyle.TileLosses) for value in sent) == 1
+    assert first.loss != second.loss
+
+
+def test_a_worker_that_is_killed_is_replaced_and_its_tile_computed_again(workers, untrained, monkeypatch):
+    import ray
+
+    _, shared, x = both(workers, untrained, 96, 96)
+    all_ready(workers)
+    expected = shared.evaluate(x)
+    for worker in workers.free:
+        worker.pid = ray.get(worker.__ray_call__.remote(lambda itself: os.getpid()))
+    before, wait = set(workers.free), workers.wait
+    killed: list[int] = []
+
+    def kill_while_it_computes(waiting):
+        if not killed and len(workers.busy) == 2:
+            worker, number, _ = next(iter(workers.busy.values()))
+            os.kill(worker.pid, signal.SIGKILL)
+            killed.append(number)
+        wait(waiting)
+
+    monkeypatch.setattr(workers, "wait", kill_while_it_computes)
+    got = shared.evaluate(x)
+    assert len(killed) == 1
+    assert got.parts == expected.parts
+    assert np.array_equal(got.gradient, expected.gradient)
+    monkeypatch.undo()
+    all_ready(workers)
+    assert len(before & set(workers.free)) == 1
+
+
+def test_what_a_worker_raises_is_raised_here_and_it_goes_on_working(workers, untrained):
+    _, shared, x = both(workers, untrained, 96, 48)
+    with pytest.raises(deepstyle.UserError, match="loss is no longer finite; lower its weight"):
+        shared.evaluate(np.full_like(x, np.nan))
+    tiles = shared._tiles(shared.size, ["conv5_2"])
+    for _ in range(workers.number + 1):
+        with pytest.raises(AttributeError, match="no attribute 'paint'"):
+            list(workers.map(tiles, "paint", shared.of_tile))
+    assert np.isfinite(shared.evaluate(x).loss)
+
+
+def start(picture_files, prefix, *flags):
+    command = [*PROGRAM, *picture_files, str(prefix), *SMALL, "--workers", "2", *flags]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    )
+
+
+def wait_for(path, run):
+    while not path.exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.02)
+
+
+def state_of(prefix):
+    with np.load(f"{prefix}_state.npz") as state:
+        return int(state["iteration"]), bool(state["partial"])
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")
+def test_either_program_goes_on_with_the_others_run_and_ctrl_c_saves_the_picture(picture_files, tmp_path, capfd):
+    prefix = tmp_path / "a"
+    assert deepstyle.main([*picture_files, str(prefix), *SMALL, "--num_iter", "1"]) == 0
+    run = start(picture_files, prefix, "--num_iter", "100000", "--resume")
+    wait_for(Path(f"{prefix}_at_iteration_2.png"), run)
+    os.killpg(run.pid, signal.SIGINT)  # at a terminal it reaches all processes of the group
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert out.startswith("going on after iteration 1\npainting 32 x 42 pixels on 2 workers with 1 CPU core each of")
+    assert re.fullmatch(r"deepstyle: stopped.*, and the same command with --resume goes on from there\n", err)
+    done, partial = state_of(prefix)
+    assert done >= 2
+    assert Path(f"{prefix}_at_iteration_{done + partial}.png").exists()
+    capfd.readouterr()
+    assert deepstyle.main([*picture_files, str(prefix), *SMALL, "--num_iter", str(done + 1), "--resume"]) == 0
+    assert capfd.readouterr().out.startswith(f"going on after iteration {done}\n")
+    assert deepstyle.main(["--describe", f"{prefix}_at_iteration_2.png"]) == 0
+    assert re.search(r"\npython examples/large_picture.py \S+ \S+ \S+ --workers 2 .*--tile 32", capfd.readouterr().out)
+
+
+def test_a_run_without_any_worker_left_ends_with_its_last_picture_and_state(
+    workers, picture_files, tmp_path, monkeypatch, capfd
+):
+    import ray
+
+    prefix, start = tmp_path / "a", workers.start
+
+    def still_born():
+        worker = start()
+        ray.kill(worker)
+        return worker
+
+    def die_in_the_second_iteration(waiting):
+        if Path(f"{prefix}_at_iteration_1.png").exists() and workers.start == start:
+            for worker in [*workers.free, *(worker for worker, *_ in workers.busy.values())]:
+                ray.kill(worker)
+            workers.start = still_born
+        large_picture.Workers.wait(workers, waiting)
+
+    def run(arguments, settings):
+        make = large_picture.functools.partial(large_picture.SharedObjective, workers)
+        return deepstyle.run(arguments, settings, computing=deepstyle.Computing(device=lambda: "workers", make=make))
+
+    monkeypatch.setattr(workers, "wait", die_in_the_second_iteration)
+    try:
+        assert (
+            deepstyle.main([*picture_files, str(prefix), *SMALL, "--tile", "32", "--num_iter", "9"], run_one=run) == 1
+        )
+    finally:
+        monkeypatch.undo()
+        workers.start, workers.deaths = start, 0
+        while len(workers.busy) + len(workers.free) < workers.number:
+            workers.add()
+    told = capfd.readouterr().err
+    assert re.fullmatch(r"deepstyle: error: no worker is left: 7 died one after another; .*\n", told)
+    done, partial = state_of(prefix)
+    assert done >= 1
+    assert Path(f"{prefix}_at_iteration_{done + partial}.png").exists()
+    with np.load(f"{prefix}_state.npz") as state:
+        assert np.isfinite(state["x"]).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--workers", "0"], "--workers is 0; it must be 1 or more"),
+        (["--workers", "-1"], "--workers is -1; it must be 1 or more"),
+        (["--workers", "1000000"], f"--workers is 1000000; this machine has {os.cpu_count()} CPU cores for them"),
+        (["--workers", "two"], "argument --workers: expected a whole number, not 'two' (see --help)"),
+        (["--tile", "off"], "--tile is off; 2 workers need tiles to share"),
+        (["--image_size", "31"], "pixels, but needs at least 32 on each side"),
+    ],
+)
+def test_what_is_wrong_is_said_before_ray_is_started(picture_files, tmp_path, monkeypatch, capfd, flags, said):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(large_picture.Workers, "begin", lambda self: pytest.fail("Ray was started"))
+    assert large_picture.main([*picture_files, str(tmp_path / "out" / "a"), *SMALL, *flags]) == 2
+    told = capfd.readouterr().err
+    assert told.startswith("deepstyle: error: ")
+    assert said in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_ray_it_says_what_brings_it(picture_files, tmp_path, monkeypatch, capfd):
+    find = large_picture.importlib.util.find_spec
+    monkeypatch.setattr(large_picture.importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
+    assert large_picture.main([*picture_files, str(tmp_path / "a"), *SMALL, "--workers", "1"]) == 2
+    assert "this needs the package ray; " in (told := capfd.readouterr().err)
+    assert "-m pip install ray' brings it\n" in told
+
+
+def test_each_worker_has_as_many_cores_as_leave_room_for_all_and_a_gpu_where_there_are_any():
+    machines = [{"CPU": 16.0}, {"CPU": 8.0}]
+    assert [large_picture.threads_each(n, machines) for n in (1, 2, 3, 4, 24)] == [16, 8, 8, 5, 1]
+    with pytest.raises(deepstyle.UserError, match="--workers is 25; there are 24 CPU cores for them"):
+        large_picture.threads_each(25, machines)
+    machines = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}, {"CPU": 4.0, "GPU": 4.0}]
+    assert [large_picture.threads_each(n, machines) for n in (1, 2, 3, 6)] == [16, 8, 4, 1]
+    with pytest.raises(deepstyle.UserError, match="--workers is 7; there are 6 GPUs for them"):
+        large_picture.threads_each(7, machines)
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (4096, 2731), (480, 640)])
+@pytest.mark.parametrize("workers", [1, 2, 5, 16])
+def test_there_is_a_tile_for_each_worker_and_none_is_larger_than_memory_allows(size, workers):
+    for at_most in (None, 512, 300):
+        tile = shared_tile(size, at_most, workers, "vgg16", kept=False)
+        assert tile <= (at_most or max(size) + 15)
+        assert len(deepstyle.tiles_of(size, tile, 96)) >= workers
+        # What the plan chose is what the objective takes, and so is what --describe says.
+        assert shared_tile(size, tile, workers, "vgg16", kept=True) == tile
+        assert shared_tile(size, tile, workers, "vgg16", kept=False) == tile
+
+
+def test_a_tile_that_was_asked_for_is_kept_unless_it_leaves_a_worker_without():
+    assert shared_tile((1024, 1024), 256, 2, "vgg16", kept=True) == 256
+    assert shared_tile((1024, 1024), 1024, 4, "vgg16", kept=True) == 512
+    assert shared_tile((32, 32), 64, 100, "vgg16", kept=True) == 16
+
+
+def test_the_plan_counts_every_worker(monkeypatch):
+    size, settings = (1024, 1024), deepstyle.Settings(tile="512")
+    monkeypatch.setattr(memory, "free_memory", lambda cap: (100e9, 0))
+    one, two, four = (plan_memory(size, settings, workers=workers).needed for workers in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one))
+    needed = memory.needed_memory(size, 512, 10)
+    assert two > 2 * needed.computing + needed.vectors + needed.rest
+    monkeypatch.setattr(memory, "free_memory", lambda cap: (two, 0))
+    assert plan_memory(size, deepstyle.Settings(tile="512", history=10), workers=2).tile == 512
+    with pytest.raises(deepstyle.UserError, match="GB of memory"):
+        plan_memory(size, settings, workers=40)
+    monkeypatch.setattr(memory, "free_memory", lambda cap: (100e9, 8e9))  # each has a GPU of its own
+    assert plan_memory(size, settings, workers=40).tile == 512
