@@ -143,7 +143,7 @@ def size(weights: Weights, rows: int, tile: int, optimiser: str) -> dict[str, An
     # It ends by asking whether the gradient is finite, so when the device has computed it.
     deepstyle.Objective.evaluate = timed(deepstyle.Objective.evaluate, inside)
 
-    def on_evaluation(at: tuple[int, int], count: int, loss: float) -> None:
+    def on_evaluation(at: tuple[int, int], count: int, evaluation: deepstyle.Evaluation) -> None:
         ends.append((time.perf_counter(), sum(inside)))
 
     plan = deepstyle.Plan(tile or None, EVALUATIONS, 0, 0)

@@ -185,7 +185,7 @@ def test_the_objective_gets_the_styles_in_their_shapes(untrained):
 
     pictures = deepstyle.Pictures(picture(1, (40, 60)), (picture(2, (40, 80)),))
     settings = Settings(image_size=40, style_size=32, style_fit="keep")
-    deepstyle.objective_at((40, 60), pictures, settings, untrained, None, make)
+    deepstyle.objective_at((40, 60), pictures, settings, untrained, None, make=make)
     assert shapes == [(40, 60, 3), (32, 64, 3)]
 
 

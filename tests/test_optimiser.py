@@ -84,7 +84,7 @@ def test_what_comes_with_a_point_belongs_to_it():
 
 def test_every_evaluation_is_told():
     told = []
-    generator = deepstyle.minimise(Rosenbrock(), START, lambda count, loss: told.append((count, loss)))
+    generator = deepstyle.minimise(Rosenbrock(), START, lambda count, evaluation: told.append((count, evaluation.loss)))
     next(generator)
     next(generator)
     generator.close()
@@ -270,8 +270,8 @@ def test_coarse_iter_is_one_number_for_all_coarse_sizes_or_one_for_each():
 def test_each_size_starts_from_the_coarser_result(untrained):
     (_, plain), (_, scaled) = (watched_run(untrained, scales=scales) for scales in (1, 2))
     assert plain[0][0] == (64, 80)
-    start = next(loss for size, _, loss in scaled if size == (64, 80))
-    assert start < 0.7 * plain[0][2]
+    start = next(evaluation.loss for size, _, evaluation in scaled if size == (64, 80))
+    assert start < 0.7 * plain[0][2].loss
 
 
 def test_the_photos_detail_is_carried_over_to_a_finer_size():
