@@ -56,7 +56,7 @@ try:
     from deepstyle_support.provenance import description
     from deepstyle_support.reading import read_picture, shape_of
     from deepstyle_support.records import Ending, Iteration, State
-    from deepstyle_support.report import held_for_report
+    from deepstyle_support.report import check_index, held_for_report
     from deepstyle_support.reuse import Reuse
     from deepstyle_support.terminal import (
         describe_iteration,
@@ -1395,6 +1395,8 @@ def run_folder(arguments: argparse.Namespace, settings: Settings) -> int:
             if not received:
                 with batch.failures(photo), batch.line_for(photo) as name:
                     photo.ending = run(arguments_for(photo, arguments), settings, shared, name)
+                if arguments.report:
+                    batch.write_page(arguments.report, arguments.content, arguments.style)
     return batch.end(128 + received[0] if received else 0)
 
 
@@ -1404,6 +1406,8 @@ def check_folder(arguments: argparse.Namespace, settings: Settings) -> tuple[Bat
     batch = Batch(photos_in(folder, results), results, console_for(arguments).print, arguments.debug)
     common = arguments_for(Photo(folder, results), arguments)
     outputs_of(common).check(input_paths(common, settings), (SMALLEST, SMALLEST))
+    if common.report:
+        check_index(Path(common.report))
     beside = read_beside(arguments, settings)
     # What a square photo would be refused for is no photo's fault.
     check_agreement(Pictures(np.zeros((SMALLEST, SMALLEST, 3), np.uint8), **beside), settings)

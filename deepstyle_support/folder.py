@@ -7,10 +7,13 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 from .files import lock_of
 from .messages import UserError, in_words, tell
+from .reading import read_picture
 from .records import Ending
+from .report import THUMBNAIL, Card, encoded, title_of, write_index
 
 # Windows hides these in every folder that it has shown; where the folder is copied to, the name alone says so.
 LEFT_BY_WINDOWS = ("thumbs.db", "desktop.ini")
@@ -24,11 +27,20 @@ class Photo:
     results: Path
     ending: Ending | None = None  # of its run, unless that failed
     failure: str = ""  # why there is no result, in words
+    thumbnail: str = ""  # of its last picture, for the page of the folder
 
     def check(self) -> None:
         """Raise UserError if it is nothing to read from: to open a pipe would wait for its writer."""
         if self.path.exists() and not self.path.is_file():
             raise UserError(f"'{self.path}' is neither a file nor a folder")
+
+    def card(self, report: str) -> Card:
+        """What the page of the folder says of it; `report` is the name of its own."""
+        if self.is_done and self.ending and self.ending.picture and not self.thumbnail:
+            self.thumbnail = encoded(read_picture(str(self.ending.picture), allow_large=True)[0], THUMBNAIL)
+        loss = f"loss {self.ending.loss:.5g}" if self.ending and self.ending.loss is not None else "stopped"
+        link = quote(os.fsencode(f"{self.results.name}/{report}"))
+        return Card(self.path.name, self.failure or loss, self.thumbnail, link)
 
     @property
     def is_done(self) -> bool:
@@ -135,6 +147,11 @@ class Batch:
         owner = self._owners.setdefault((found.st_dev, found.st_ino), photo.path.name)
         if owner != photo.path.name:
             raise UserError(f"its results would go where those of '{owner}' are; rename one of the two")
+
+    def write_page(self, report: str, folder: str, styles: list[str]) -> None:
+        """Write the page of those photos whose runs have ended or failed, with links to their own reports."""
+        cards = [photo.card(report) for photo in self.photos if photo.ending or photo.failure]
+        write_index(self.results / report, title_of(folder, *styles), cards, len(self.photos))
 
     def end(self, status: int = 0) -> int:
         """Tell what is not done, and why. Returns the exit status, which is `status` unless that is 0."""

@@ -1,4 +1,7 @@
-"""The report: a run as one HTML file, which any browser opens without a server. Its looks are in report.html."""
+"""The report: a run, or a folder of photos, as one HTML file, which any browser opens without a server.
+
+What it looks like is in page.html, and report.html and folder.html, which fill that in.
+"""
 
 import base64
 import dataclasses
@@ -16,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from .disk import write_whole
-from .messages import words
+from .messages import UserError, words
 from .provenance import command_again, how_close
 from .reading import read_picture
 from .records import Iteration, State
@@ -25,6 +28,7 @@ LOSSES = ("total", "content", "style", "total variation")  # in the order of a S
 SIDE = 1200  # pixels of a shown picture's longer side at most: the pictures in full are files of their own
 THUMBNAIL = 480  # the same of styles and masks
 MOST_PICTURES, MOST_POINTS = 40, 2000  # of more, every second is left out, then three of four, and so on
+INDEX = '<meta name="generator" content="deepstyle: a folder">'
 Size = tuple[int, int]  # (rows, columns)
 Points = dict[tuple[Size, int], list[float]]  # the loss and its three parts at each evaluation of a size
 
@@ -82,7 +86,7 @@ def facts_of(made: dict[str, Any], defaults: dict[str, Any], inputs: dict[str, n
     sides = {name: min(SIDE, side) if name == "content" else THUMBNAIL for name in inputs}
     return {
         "made": made,
-        "names": [Path(path).stem for path in made["pictures"]],
+        "title": title_of(*made["pictures"]),
         "inputs": {name: (files.get(name, ""), encoded(picture, sides[name])) for name, picture in inputs.items()},
         "settings": {name: (words(value), words(defaults[name])) for name, value in made["settings"].items()},
         "command": command_again(made, defaults),
@@ -97,6 +101,11 @@ def report_of(
     if not any(one.number == 0 for one in shown):
         shown = [Shown(next(iter(totals)), 0, 0, [], 0.0, 0.0, False, encoded(start, SIDE)), *shown]
     return Report(path, facts, totals, shown, points)
+
+
+def title_of(content: str, *styles: str) -> str:
+    """What a page of these files is called."""
+    return f"{Path(content).stem} in the style of {' and '.join(Path(style).stem for style in styles)}"
 
 
 def taken_over(path: Path, before: dict[tuple[Size, int], Path], state: State) -> tuple[list[Shown], Points]:
@@ -175,7 +184,7 @@ def thinned(items: list, most: int, numbers: list[int]) -> list:
 def plot(points: Points) -> dict[str, Any]:
     """The losses over the evaluations of all sizes, as what report.html draws; places are percent of the plot.
 
-    The losses are on a logarithmic scale of whole decades, eight at most; a loss of 0 has no place there.
+    The losses are on a logarithmic scale of whole decades, eight at most; what is below them, as 0 is, has no place.
     """
     sizes = list(dict.fromkeys(size for size, _ in points))
     starts, end = {}, 0
@@ -190,13 +199,15 @@ def plot(points: Points) -> dict[str, Any]:
         return round(100 * evaluation / end, 2)
 
     def down(loss: float) -> float:
-        return round(100 * (top - max(bottom, math.log10(loss))) / (top - bottom), 2)
+        return round(100 * (top - math.log10(loss)) / (top - bottom), 2)
 
     curves: dict[str, list[str]] = {}
     for number, name in enumerate(LOSSES):
         for size in sizes:
             own = [(count, losses[number]) for (at, count), losses in points.items() if at == size]
-            line = " ".join(f"{across(starts[size] + count)},{down(loss)}" for count, loss in own if loss > 0)
+            line = " ".join(
+                f"{across(starts[size] + count)},{down(loss)}" for count, loss in own if loss >= 10.0**bottom
+            )
             curves.setdefault(name, []).append(line)
     step = next(step for step in (n * 10**e for e in range(9) for n in (1, 2, 5)) if end / step <= 6)
     return {
@@ -207,6 +218,27 @@ def plot(points: Points) -> dict[str, Any]:
         "starts": {size: across(start) for size, start in starts.items()},
         "end": end,
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A photo on the page of a folder."""
+
+    name: str
+    said: str  # how its run ended
+    picture: str = ""  # its last, a WebP file in base64; empty if there is none
+    link: str = ""  # its own report, from where the page is
+
+
+def write_index(path: Path, title: str, cards: list[Card], of: int) -> None:
+    """Write the page of a folder of so many photos. Raises UserError, status 1, if it cannot be written."""
+    write_page(path, "folder.html", title=title, cards=cards, of=of)
+
+
+def check_index(path: Path) -> None:
+    """Raise UserError if something is there that is no page of a folder."""
+    if path.exists() and INDEX not in path.read_text("utf-8", "replace"):
+        raise UserError(f"'{path}' is there, and no page of a folder's photos; move it, or choose another name")
 
 
 @functools.cache
