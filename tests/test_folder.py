@@ -16,7 +16,7 @@ from PIL import Image
 
 import deepstyle
 from deepstyle_support import files
-from deepstyle_support.pictures import read_picture, shape_of
+from deepstyle_support.reading import read_picture, shape_of
 from deepstyle_support.reuse import Reuse
 
 LAST = "result_image_at_iteration_2.png"
