@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -255,9 +256,12 @@ def test_an_input_is_not_written_over(picture_files, tmp_path, capsys):
 
 def test_the_plan_counts_the_report(picture_files, tmp_path, monkeypatch):
     held, plan = [], deepstyle.plan_memory
-    monkeypatch.setattr(
-        deepstyle, "plan_memory", lambda size, settings, bytes_held: held.append(bytes_held) or plan(size, settings)
-    )
+
+    def look(size, settings, bytes_held, *given):
+        held.append(bytes_held)
+        return plan(size, settings, bytes_held, *given)
+
+    monkeypatch.setattr(deepstyle, "plan_memory", look)
     for flags in ([], ["--report", tmp_path / "a.html"]):
         assert run(picture_files, tmp_path / "a", *flags, "--num_iter", 1) == 0
     assert held[1] - held[0] == 2 * 2 * 2 * 32 * 42
@@ -381,3 +385,70 @@ def test_a_page_may_run_nothing_that_is_not_its_own(picture_files, tmp_path, bro
     said = [entry["message"] for entry in browser.get_log("browser")]
     assert len(said) == 2
     assert all("Content Security Policy" in message for message in said)
+
+
+# ------------------------------------------------------------------------------------ of a folder
+
+
+@pytest.fixture
+def photos(picture_files, tmp_path):
+    """A folder with two photos, one of an odd name, and a file that is none."""
+    (tmp_path / "photos").mkdir()
+    shutil.copy(picture_files[0], tmp_path / "photos" / "a.png")
+    shutil.copy(picture_files[0], tmp_path / "photos" / BAD_NAME)
+    (tmp_path / "photos" / "notes.txt").write_text("no picture")
+    return [str(tmp_path / "photos"), picture_files[1]]
+
+
+def cards(page):
+    return page.count("<figure>"), page.count("data:image/webp")
+
+
+def test_a_folders_report_is_a_page_of_all_its_pictures(photos, tmp_path, monkeypatch):
+    path, pages, write = tmp_path / "out" / "all.html", [], report.write_page
+
+    def look(written, *given, **data):
+        write(written, *given, **data)
+        pages.append(written.read_text()) if written == path else None
+
+    monkeypatch.setattr(report, "write_page", look)
+    assert run(photos, tmp_path / "out", "--report", "all.html", "--num_iter", 1) == 1
+    # The file that is no picture has failed before the first is painted.
+    assert [cards(page) for page in pages] == [(2, 1), (3, 2)]
+    assert "Reload this page" in pages[0]
+    assert "Reload this page" not in pages[1]
+    assert "is no picture that Pillow can read" in pages[1]
+    assert "<img src=x" not in pages[1]
+    links = [urllib.parse.unquote(html.unescape(link)) for link in re.findall('href="([^d].*?)"', pages[1])]
+    assert links == [f"{BAD_NAME}/all.html", "a.png/all.html"]
+    for link in links:
+        assert len(read_report(tmp_path / "out" / link)[0]) == 2
+    # What is done already is on it as well.
+    path.unlink()
+    assert run(photos, tmp_path / "out", "--report", "all.html", "--num_iter", 1, "--resume") == 1
+    assert cards(path.read_text()) == (3, 2)
+
+
+def test_a_page_that_is_not_of_a_folder_is_not_written_over(photos, tmp_path, capsys):
+    path = tmp_path / "out" / "all.html"
+    path.parent.mkdir()
+    path.write_text("mine")
+    assert run(photos, tmp_path / "out", "--report", "all.html") == 2
+    assert "no page of a folder's photos" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+    assert [entry.name for entry in path.parent.iterdir()] == ["all.html"]
+
+
+def test_a_folders_page_in_a_browser(photos, tmp_path, browser):
+    assert run(photos, tmp_path / "out", "--report", "all.html", "--num_iter", 1) == 1
+    path = tmp_path / "out" / "all.html"
+    for width in (1200, 390):
+        for mode in ("light", "dark"):
+            look(browser, path, width, mode)
+            assert browser.execute_script("return [...document.images].map(one => one.naturalWidth > 0)") == [True] * 2
+            assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+            assert min(browser.execute_script(CONTRASTS)) >= 1
+    assert {url for url in asked_for(browser) if not url.startswith("data:")} == {path.as_uri()}
+    browser.execute_script("document.querySelector('figure a').click()")
+    assert browser.execute_script(VISIBLE) == [False, True]
+    assert browser.get_log("browser") == []
