@@ -186,7 +186,6 @@ class Settings:
                 f"--style_layer_weights are {words(self.style_layer_weights)}; there must be one, or one for each of "
                 f"the {len(self.style_layers)} --style_layers, and not all 0"
             )
-
         if len(self.coarse_iter) not in (1, self.scales - 1):
             raise UserError(
                 f"--coarse_iter has {len(self.coarse_iter)} numbers ({words(self.coarse_iter)}); with --scales "
@@ -1496,15 +1495,16 @@ def read_beside(arguments: argparse.Namespace, settings: Settings) -> dict[str, 
     """All pictures but the content, by their names in Pictures. Raises UserError if one cannot be read."""
     read = functools.partial(read_named, arguments=arguments)
     read_mask = functools.partial(read, as_mask=True)
-    if len(arguments.style) > len(settings.style_weight) and not arguments.quiet:
-        tell(f"the --style_weight {words(settings.style_weight)} is shared out among {len(arguments.style)} styles")
-    return {
+    beside: dict[str, Any] = {
         "styles": tuple(laid_on(read(path), settings.background) for path in arguments.style),
         "style_masks": tuple(map(read_mask, arguments.style_masks)),
         "content_mask": None if arguments.content_mask is None else read_mask(arguments.content_mask),
         "color_mask": None if arguments.color_mask is None else read_mask(arguments.color_mask),
         "start": read_start(settings, read),
     }
+    if len(arguments.style) > len(settings.style_weight) and not arguments.quiet:
+        tell(f"the --style_weight {words(settings.style_weight)} is shared out among {len(arguments.style)} styles")
+    return beside
 
 
 def read_named(path: str, arguments: argparse.Namespace, as_mask: bool = False) -> np.ndarray:

@@ -311,7 +311,7 @@ def test_match_recolours_the_styles_and_leaves_the_result_alone(untrained):
     def make(content, styles, **options):
         shown.extend(styles)
 
-    deepstyle.objective_at((40, 40), pictures, settings, untrained, None, make)
+    deepstyle.objective_at((40, 40), pictures, settings, untrained, None, make=make)
     np.testing.assert_array_equal(shown[0], match_colours(pictures.styles[0], pictures.content))
     x = deepstyle.to_input_space(pictures.styles[0])
     np.testing.assert_array_equal(deepstyle.finish(x, pictures.content, settings), pictures.styles[0])

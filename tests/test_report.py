@@ -1,6 +1,7 @@
 """The report: one file that shows a run, in any browser, without a server."""
 
 import base64
+import functools
 import html
 import io
 import json
@@ -254,16 +255,17 @@ def test_an_input_is_not_written_over(picture_files, tmp_path, capsys):
     assert "is an input, and would be written over" in capsys.readouterr().err
 
 
-def test_the_plan_counts_the_report(picture_files, tmp_path, monkeypatch):
-    held, plan = [], deepstyle.plan_memory
+def test_the_plan_counts_the_report(picture_files, tmp_path):
+    held = []
 
     def look(size, settings, bytes_held, *given):
         held.append(bytes_held)
-        return plan(size, settings, bytes_held, *given)
+        return deepstyle.plan_memory(size, settings, bytes_held, *given)
 
-    monkeypatch.setattr(deepstyle, "plan_memory", look)
-    for flags in ([], ["--report", tmp_path / "a.html"]):
-        assert run(picture_files, tmp_path / "a", *flags, "--num_iter", 1) == 0
+    for flags in ([], ["--report", str(tmp_path / "a.html")]):
+        argv = [*picture_files, str(tmp_path / "a"), *SMALL, "--quiet", "--num_iter", "1", *flags]
+        computing = deepstyle.HERE._replace(plan=look)
+        assert deepstyle.main(argv, run_one=functools.partial(deepstyle.run, computing=computing)) == 0
     assert held[1] - held[0] == 2 * 2 * 2 * 32 * 42
 
 
