@@ -1,6 +1,7 @@
 """This program against the old way and against PyTorch: time to the same loss, as ratios, and a plot.
 
-usage: python benchmarks/race.py [CONTENT STYLE] [--rows 200] [--num_iter 10] [--json FILE] [--plot FILE.png]
+usage: python benchmarks/race.py [CONTENT STYLE] [--rows 200] [--num_iter 10] [--only NAME ...] [--until_plain]
+                                 [--json FILE] [--plot FILE.png]
 
 All contestants run one after another on the same pictures, weights and loss, each in a process of its own:
 
@@ -10,14 +11,16 @@ All contestants run one after another on the same pictures, weights and loss, ea
 - PyTorch L-BFGS, PyTorch Adam: the same loss written plainly, minimised by torch.optim's, if torch is installed; Adam
   with the best of steps of 1, 3 and 10 grey levels
 
-The clock starts when a contestant has its libraries and weights, and runs through its targets and compilation. A loss
-counts if it is that of the picture at full size. The plot needs matplotlib.
+With --until_plain ours end as soon as they have the loss of the first, the plain one; with --only some take part, by
+the names above or as `deepstyle` with flags. The clock starts when a contestant has its libraries and weights, and runs
+through its targets and compilation. A loss counts if it is that of the picture at full size. The plot needs matplotlib.
 """
 
 import argparse
 import functools
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import time
@@ -54,7 +57,8 @@ class Course:
         self.points.append((time.perf_counter() - self.began, float(loss)))
 
 
-def run_deepstyle(paths: list[str], rows: int, num_iter: int, **flags: Any) -> list:
+def run_deepstyle(paths: list[str], rows: int, num_iter: int, goal: float = -math.inf, **flags: Any) -> list:
+    """The course until its loss is at most `goal`."""
     settings = deepstyle.Settings(image_size=rows, num_iter=num_iter, tile="off", **flags)
     content, style = (deepstyle.read_picture(path)[0] for path in paths)
     weights, _ = deepstyle.load_weights()
@@ -66,7 +70,11 @@ def run_deepstyle(paths: list[str], rows: int, num_iter: int, **flags: Any) -> l
         if size == full_size:
             course.add(evaluation.loss)
 
-    for _ in deepstyle.paint(deepstyle.Pictures(content, (style,)), settings, weights, on_evaluation=on_evaluation):
+    def stop() -> bool:
+        return bool(course.points) and course.points[-1][1] <= goal
+
+    pictures = deepstyle.Pictures(content, (style,))
+    for _ in deepstyle.paint(pictures, settings, weights, on_evaluation=on_evaluation, stop=stop):
         pass
     return course.points
 
@@ -201,9 +209,16 @@ def flags_in_words(flags: dict[str, Any]) -> str:
     return " ".join(["deepstyle", *(f"--{name} {value}" for name, value in flags.items())])
 
 
-OURS: list[dict[str, Any]] = [{}, {"scales": 3}, {"init_image": "recolored"}, {"scales": 3, "init_image": "recolored"}]
+FLAGS: list[dict[str, Any]] = [
+    {},
+    {"scales": 3},
+    {"init_image": "recolored"},
+    {"scales": 3, "init_image": "recolored"},
+    {"optimizer": "device"},
+]
+OURS: dict[str, Callable] = {flags_in_words(flags): functools.partial(run_deepstyle, **flags) for flags in FLAGS}
 CONTESTANTS: dict[str, Callable] = {
-    **{flags_in_words(flags): functools.partial(run_deepstyle, **flags) for flags in OURS},
+    **OURS,
     "the old way": run_old_way,
     "PyTorch L-BFGS": run_pytorch,
     "PyTorch Adam": run_adam,
@@ -242,7 +257,7 @@ def draw(courses: dict, path: str, goal: float) -> None:
 
 def compare(courses: dict, evaluations: int) -> None:
     """Print how much of each contestant's time ours take to the loss that it has after so many evaluations."""
-    ours = [name for name in courses if name.startswith("deepstyle")]
+    ours = [name for name in courses if name in OURS]
     for name, points in courses.items():
         points = best_so_far(points)
         goal = points[min(len(points), evaluations) - 1][1]
@@ -259,28 +274,35 @@ def main() -> None:
     parser.add_argument("pictures", nargs="*", default=images, metavar="CONTENT STYLE")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--num_iter", type=int, default=10)
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=[*CONTESTANTS], metavar="NAME")
+    parser.add_argument("--until_plain", action="store_true")
     parser.add_argument("--json", default="race.json")
     parser.add_argument("--plot", default="race.png")
     parser.add_argument("--one", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--goal", type=float, default=-math.inf, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if len(arguments.pictures) != 2:
         parser.error("give one content and one style, or neither")
     if arguments.one:
-        return print(json.dumps(CONTESTANTS[arguments.one](arguments.pictures, arguments.rows, arguments.num_iter)))
-    courses = {}
-    for name in CONTESTANTS:
+        goal = {"goal": arguments.goal} if arguments.one in OURS else {}
+        given = arguments.pictures, arguments.rows, arguments.num_iter
+        return print(json.dumps(CONTESTANTS[arguments.one](*given, **goal)))
+    courses: dict[str, list] = {}
+    for name in arguments.only:
         if name.startswith("PyTorch") and not importlib.util.find_spec("torch"):
             print(f"torch is not installed: {name} does not take part")
             continue
         command = [sys.executable, __file__, *arguments.pictures, "--one", name, "--rows", str(arguments.rows)]
         command += ["--num_iter", str(arguments.num_iter)]
+        if arguments.until_plain and (plain := courses.get("deepstyle")):
+            command += [f"--goal={best_so_far(plain)[-1][1]}"]
         said = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
         courses[name] = json.loads(said.splitlines()[-1])
         print(f"{name}: {seconds_per_evaluation(courses[name]):.3f} s an evaluation, {len(courses[name])} of them")
         Path(arguments.json).write_text(json.dumps(courses))
     compare(courses, 20 * arguments.num_iter)
     if importlib.util.find_spec("matplotlib"):
-        draw(courses, arguments.plot, goal=best_so_far(courses["the old way"])[-1][1])
+        draw(courses, arguments.plot, goal=best_so_far(courses.get("the old way", next(iter(courses.values()))))[-1][1])
     else:
         print("matplotlib is not installed: no plot")
     return None

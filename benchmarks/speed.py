@@ -6,18 +6,24 @@ Each row of the table is a process of its own, so that its peak memory is its ow
 evaluations that L-BFGS asks for, after a first one that compiles. GFLOP/s count the convolutions' multiplications and
 additions, forward and backward, of the picture itself: what tiles compute twice does not count. The share is that rate
 over the machine's own float32 matrix product. "outside" is the share of the time that is not spent in the network and
-losses: SciPy, and the copies of the picture and the gradient.
+losses: SciPy, and the copies of the picture and the gradient. "vectors" is what L-BFGS itself takes for one iteration
+with ten corrections at hand, in seconds, SciPy's and the device's.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
+import math
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
@@ -102,7 +108,33 @@ def measure(rows: int, tile: int | None, evaluations: int) -> dict:
     }
 
 
-def in_its_own_process(*arguments) -> dict:
+def vector_work(rows: int, optimizer: str, corrections: int = 10) -> float:
+    """Seconds outside the evaluations for one iteration of L-BFGS: the median of ten, with all corrections at hand.
+
+    The objective is a stand-in, half the sum of curvature times x squared, which takes more steps than these.
+    """
+    ops = import_keras().ops
+    array, total = (np.asarray, np.sum) if optimizer == "scipy" else (ops.convert_to_tensor, ops.sum)
+    shape = (rows, rows * 4 // 3, 3)
+    curvature = array(np.logspace(-2, 2, math.prod(shape), dtype=np.float32).reshape(shape))
+    began, outside = time.perf_counter(), [0.0]
+
+    def evaluate(x) -> deepstyle.Evaluation:
+        nonlocal began
+        outside[-1] += time.perf_counter() - began
+        gradient = curvature * x
+        evaluation = deepstyle.Evaluation({"bowl": float(total(gradient * x) / 2)}, gradient)
+        began = time.perf_counter()
+        return evaluation
+
+    points = deepstyle.OPTIMIZERS[optimizer](evaluate, np.full(shape, 50.0), corrections)
+    with contextlib.closing(points):
+        for _ in itertools.islice(points, corrections + 12):
+            outside.append(0.0)
+    return statistics.median(outside[-11:-1])
+
+
+def in_its_own_process(*arguments) -> Any:
     command = [sys.executable, __file__, "--one", *map(str, arguments)]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
 
@@ -117,23 +149,27 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one == ["product"]:
         return print(json.dumps({"gflops": matrix_product()}))
+    if arguments.one and arguments.one[0] in deepstyle.OPTIMIZERS:
+        return print(json.dumps(vector_work(int(arguments.one[1]), arguments.one[0])))
     if arguments.one:
         rows, tile, evaluations = map(int, arguments.one)
         return print(json.dumps(measure(rows, tile or None, evaluations)))
     product = in_its_own_process("product")["gflops"]
     print(f"this machine's float32 matrix product: {product:.0f} GFLOP/s\n")
-    print("     size       tile   s/evaluation  GFLOP/s  share  outside  peak GB (estimated)")
+    print("     size       tile   s/evaluation  GFLOP/s  share  outside  peak GB (estimated)  vectors")
     table = []
     for count in arguments.rows:
+        vectors = {who: in_its_own_process(who, count) for who in deepstyle.OPTIMIZERS}
         for tile in (0, arguments.tile):
             if tile < count:
                 row = in_its_own_process(count, tile, arguments.evaluations)
-                row["share"] = row["gflops"] / product
+                row |= {"share": row["gflops"] / product, "vectors": vectors}
                 table.append(row)
                 print(
                     f"{row['rows']:5} x {row['columns']:<5} {row['tile'] or 'whole':>5} {row['seconds']:12.2f} "
                     f"{row['gflops']:9.0f} {row['share']:6.0%} {row['outside']:7.1%} {row['peak_bytes'] / 1e9:8.2f} "
-                    f"({row['estimated_bytes'] / 1e9:.2f})",
+                    f"({row['estimated_bytes'] / 1e9:.2f})      "
+                    + " / ".join(f"{seconds:.3f}" for seconds in vectors.values()),
                     flush=True,
                 )
     Path(arguments.json).write_text(json.dumps({"matrix_product_gflops": product, "rows": table}, indent=1))

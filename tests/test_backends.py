@@ -29,6 +29,12 @@ for kind, pool_type, padding in (("ave", "ave", "zeros"), ("max", "max", "zeros"
     ):
         loss, gradient = objective(x)
         np.savez(f"{sys.argv[1]}/{kind}_{name}.npz", loss=loss, gradient=gradient)
+    if kind == "ave":
+        for tile in ("off", "112"):
+            objective = deepstyle.Objective(content, style, tile=tile, **options)
+            points = deepstyle.minimise(objective, x, optimizer="device", history=3)
+            losses = [next(points).evaluation.loss for _ in range(2)]
+            np.savez(f"{sys.argv[1]}/device_{tile}.npz", losses=losses)
 """
 
 
@@ -45,7 +51,7 @@ def with_tensorflow(tmp_path_factory):
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_loss_and_gradient_agree_across_backends(with_tensorflow, tmp_path, backend):
+def test_loss_gradient_and_the_devices_optimiser_agree_across_backends(with_tensorflow, tmp_path, backend):
     if not importlib.util.find_spec(backend):
         pytest.skip(f"{backend} is not installed")
     subprocess.run([sys.executable, "-c", EVALUATE, str(tmp_path)], env=environment(backend), check=True)
@@ -54,6 +60,10 @@ def test_loss_and_gradient_agree_across_backends(with_tensorflow, tmp_path, back
         assert got["loss"] == pytest.approx(float(expected["loss"]), rel=1e-5)
         difference = np.linalg.norm(got["gradient"] - expected["gradient"])
         assert difference <= 1e-5 * np.linalg.norm(expected["gradient"])
+    for tile in ("off", "112"):  # twenty evaluations of the device's optimiser
+        expected, got = (np.load(folder / f"device_{tile}.npz")["losses"] for folder in (with_tensorflow, tmp_path))
+        assert got[1] < got[0] / 2
+        np.testing.assert_allclose(got, expected, rtol=0.02)
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
