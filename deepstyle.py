@@ -1314,29 +1314,27 @@ def run(
             else None
         )
         outputs.check_extras_are_ours()
-        coarse = state is not None and state.size != size
-        done = state.iteration if state and not coarse else 0
-        if state and not coarse:
-            outputs.expect(state, lambda: finish(state.x, pictures.content, settings, pictures.color_mask))
-        if state and done >= settings.num_iter:
+        full = state if state and state.size == size else None
+        done = full.iteration if full else 0
+        if full:
+            outputs.expect(full, lambda: finish(full.x, pictures.content, settings, pictures.color_mask))
+        if full and done >= settings.num_iter:
             for path in outputs.finish():
                 show(f"saved {path}")
             if not (arguments.quiet or shared):
                 tell(f"nothing to do: {done} iterations are done; a larger --num_iter goes on from there")
-            return Ending(0, False, float(state.losses[-1][0]), outputs.picture_path(done))
+            return Ending(0, False, float(full.losses[-1][0]), outputs.picture_path(done))
         device = computing.device()
         outputs.made = how_it_is_made(arguments, settings, plan, computing.program)
         if not state and (moved := outputs.clear_the_way(arguments.overwrite)):
             console.print(moved)
         if arguments.resume:
-            where = f" at {state.size[0]} x {state.size[1]}" if state and coarse else ""
-            after = f"going on after iteration {state.iteration}{where}" if state else ""
-            show(after or "there is nothing to resume: a new run")
+            show(where_it_goes_on(state, size))
         show(f"painting {size[0]} x {size[1]} pixels on {device}; {source}")
         show(plan.in_words(settings.history))
         if settings.optimizer == "device" and not outputs.keeps:
             show("what L-BFGS learns would be gigabytes and is not kept: after --resume it is learnt again")
-        if coarser and (coarse or not state):
+        if coarser and not full:
             show("first " + ", then ".join(f"{rows} x {columns}" for rows, columns in coarser) + " pixels")
 
         def on_smaller_tiles(tile: int) -> None:
@@ -1361,15 +1359,33 @@ def run(
     if received:
         tell(name + describe_stop(last, done))
         return Ending(128 + received[0], True)
-    done = last.number if last and not last.coarse else done
-    if done <= settings.num_iter and last and not last.state.partial and is_enough(done, last.improvement, settings):
-        if done < settings.num_iter:
-            show(f"stopped: the last iteration improved by less than {settings.min_improvement} %")
-    elif done < settings.num_iter or not last or last.state.partial:
-        show("stopped: the optimiser finds no better picture than the last")
-    return (
-        Ending(0, True, last.loss, outputs.picture_path(0 if last.coarse else last.number)) if last else Ending(0, True)
-    )
+    if early := why_early(last, done, settings):
+        show(early)
+    if not last:
+        return Ending(0, True)
+    return Ending(0, True, last.loss, outputs.picture_path(0 if last.coarse else last.number))
+
+
+def where_it_goes_on(state: State | None, size: tuple[int, int]) -> str:
+    """What --resume finds for a picture of (rows, columns), in words."""
+    if not state:
+        return "there is nothing to resume: a new run"
+    where = f" at {state.size[0]} x {state.size[1]}" if state.size != size else ""
+    return f"going on after iteration {state.iteration}{where}"
+
+
+def why_early(last: Iteration | None, done: int, settings: Settings) -> str:
+    """Why a run that nobody stopped has ended before its time, in words; empty if it has not.
+
+    last: its last iteration, if it had any; done: iterations in full size before.
+    """
+    number = last.number if last and not last.coarse else done
+    if last and not last.state.partial:
+        if number >= settings.num_iter:
+            return ""
+        if is_enough(number, last.improvement, settings):
+            return f"stopped: the last iteration improved by less than {settings.min_improvement} %"
+    return "stopped: the optimiser finds no better picture than the last"
 
 
 def run_folder(arguments: argparse.Namespace, settings: Settings) -> int:

@@ -162,6 +162,11 @@ def all_finite(x: Any) -> bool:
     return bool(ops.all(ops.isfinite(x)))
 
 
+def on_cpu() -> bool:
+    """Whether the backend computes on the processor."""
+    return "cpu" in str(import_keras().ops.zeros(()).device).lower()
+
+
 @functools.cache
 def compile_once(function: Callable) -> Callable:
     """A function of tensors, compiled where the backend compiles; for the whole process."""
@@ -169,7 +174,9 @@ def compile_once(function: Callable) -> Callable:
     if backend == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function, autograph=False)
+        # A sum of 21 vectors takes 0.4 to 0.65 of the time by XLA on a CPU, since none of the products is stored. On a
+        # GPU XLA needs more of CUDA than TensorFlow itself.
+        return tf.function(function, autograph=False, jit_compile=on_cpu())
     if backend == "jax":
         import jax
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from .backend import import_keras
+from .backend import import_keras, on_cpu
 
 
 class Memory(NamedTuple):
@@ -43,11 +43,6 @@ def may_have_a_gpu() -> bool:
     """Whether anything points to a GPU with memory of its own; nothing is loaded or started. Apple's have none."""
     found = any(True for names in FILES_OF_GPUS for _ in Path("/dev").glob(names))
     return found or shutil.which("nvidia-smi") is not None
-
-
-def on_cpu() -> bool:
-    """Whether the backend computes on the processor."""
-    return "cpu" in str(import_keras().ops.zeros(()).device).lower()
 
 
 def describe_device() -> str:

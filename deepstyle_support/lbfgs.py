@@ -10,12 +10,14 @@ the result. That reads each vector once and not four times.
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .backend import as_array, compile_once, done_before, import_keras
+from .backend import as_array, compile_once, done_before, import_keras, on_cpu
 
 Tensor = Any  # one of the backend's
 Evaluate = Callable[[Tensor], Any]  # gives what has a `loss`, a float, and a `gradient`, a tensor
@@ -168,8 +170,14 @@ def dot_products(vectors: Sequence[Tensor], other: Tensor, slots: int = 0) -> np
     What float32 adds up is a row of a picture at most: so much that the error of a product of 50 million terms is that
     of some thousands.
     """
-    by_row = compile_once(products_by_row)(padded(vectors, slots), other)
-    return import_keras().ops.convert_to_numpy(by_row)[: len(vectors)].sum(1, np.float64)
+    if on_cpu():
+        other = np.asarray(other)
+        # NumPy looks at the same memory, and takes less than half of TensorFlow's time and an eighth of XLA's.
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            by_row = threads.map(lambda vector: np.einsum("ijk,ijk->i", vector, other), map(np.asarray, vectors))
+            return np.sum([*by_row], axis=1, dtype=np.float64)
+    products = compile_once(products_by_row)(padded(vectors, slots), other)
+    return import_keras().ops.convert_to_numpy(products)[: len(vectors)].sum(1, np.float64)
 
 
 def products_by_row(vectors: tuple[Tensor, ...], other: Tensor) -> Tensor:
