@@ -1340,9 +1340,11 @@ def run(
         def on_smaller_tiles(tile: int) -> None:
             console.print(f"{name}out of memory: trying again in tiles of at most {tile} pixels")
 
-        start = start_picture(pictures, size, settings)
-        shown = functools.partial(finish, start, pictures.content, settings, pictures.color_mask)
-        outputs.begin(shown, totals, state, pictures.named(), dataclasses.asdict(Settings()))
+        def start_as_shown() -> np.ndarray:
+            start = start_picture(pictures, size, settings)
+            return finish(start, pictures.content, settings, pictures.color_mask)
+
+        outputs.begin(start_as_shown, totals, state, pictures.named(), dataclasses.asdict(Settings()))
         with (
             signals_as_wishes(shared.received if shared else None) as received,
             progress_bar(console, totals, EVALUATIONS_PER_ITERATION, name) as advance,

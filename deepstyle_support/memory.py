@@ -20,8 +20,8 @@ SMALLEST = 32  # rows and columns of a picture that is computed: conv5 then has 
 LARGE_TILE = 512  # pixels: at 1024 x 1024 tiles of this size take 2 times as long as the whole, tiles of 128 6 times
 SMALL_TILE = 128
 FEW_CORRECTIONS = 5
-# Beyond 2 m for m corrections: 13 where nothing is computed, 5 beside what an evaluation takes, at 2048 x 2048.
-DEVICE_VECTORS = 11
+# Beyond 2 m for m corrections, measured at 2048 x 2048: 8.5, the start among them.
+DEVICE_VECTORS = 9
 WORKER = 800e6  # bytes of a process that computes tiles for this one, before it computes
 RAY = 400e6  # of Ray's own processes
 
