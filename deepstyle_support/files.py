@@ -158,8 +158,9 @@ class Outputs:
                 evaluations = int(file["evaluations"]) if "evaluations" in file else 20 * (len(losses) - 1)
                 partial = bool(file["partial"]) if "partial" in file else False
                 # What was learnt is written at the end of a run only, and is read when it is asked for.
-                way = str(file["way"]) if "by_gradient" in file else ""
-                learnt = functools.partial(read_learnt, path) if way else lambda: None
+                is_there = "by_gradient" in file
+                way = str(file["way"]) if is_there else ""
+                learnt = functools.partial(read_learnt, path) if is_there else lambda: None
                 state = State(file["x"], losses, shapes, evaluations, partial, way, learnt)
         except Exception as error:  # np.load and zipfile raise almost anything on a damaged file
             raise UserError(f"'{path}' is no state of a run: {error}; without --resume the run starts anew") from error

@@ -68,8 +68,14 @@ class Curvature:
         # The new change is the difference of two gradients, and so are its products.
         by_changes[:, :n, n] = by_gradient[:, :n] - self.by_gradient
         by_changes[:, n, n] = own
-        kept = slice(1 if n == history else 0, None)
-        return Curvature(steps[kept], changes[kept], by_changes[:, kept, kept], by_gradient[:, kept])
+        return Curvature(steps, changes, by_changes, by_gradient).newest(history)
+
+    def newest(self, most: int) -> "Curvature":
+        """What the last steps say, of which there are to be so many at most."""
+        kept = slice(max(0, len(self.steps) - most), None)
+        return Curvature(
+            self.steps[kept], self.changes[kept], self.by_changes[:, kept, kept], self.by_gradient[:, kept]
+        )
 
 
 def kept_bytes(size: tuple[int, int], history: int) -> int:
@@ -123,7 +129,8 @@ def device_lbfgs(
     float32 can make it, all that was learnt is forgotten, and it goes on from where it is. It ends by itself only when
     that has brought nothing twice in a row.
     """
-    x, curvature, fruitless = import_keras().ops.convert_to_tensor(start, "float32"), learnt() or Curvature(), 0
+    x, fruitless = import_keras().ops.convert_to_tensor(start, "float32"), 0
+    curvature = (learnt() or Curvature()).newest(history)
     evaluation = evaluate(x)
     while fruitless < 2:
         yield x, dataclasses.replace(evaluation, gradient=None), curvature

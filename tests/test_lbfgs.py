@@ -210,9 +210,10 @@ def test_a_run_that_goes_on_is_as_if_it_had_never_been_stopped(untrained, stop_a
 
 def test_another_way_of_computing_is_not_called_exact(untrained):
     first, _ = paint(untrained, num_iter=1)
-    (iteration,), _ = paint(untrained, first[-1].state, num_iter=2, history=4)
+    (iteration,), learnt = paint(untrained, first[-1].state, num_iter=2, history=4)
     assert first[-1].exact
     assert not iteration.exact
+    assert len(learnt.steps) == 4  # of ten
     plan = deepstyle.plan_memory((40, 48), Settings())
     plans = [(Settings(optimizer="device"), plan._replace(tile=tile)) for tile in (None, 32)]
     ways = [deepstyle.way_of_computing(*one) for one in [(Settings(), plan), *plans]]
@@ -252,6 +253,18 @@ def test_after_a_kill_the_last_state_is_gone_on_with_and_not_called_exact(pictur
     capsys.readouterr()
     deepstyle.main(["--describe", str(tmp_path / "out" / "result_image_at_iteration_2.png")])
     assert "comes close to it" in capsys.readouterr().out
+
+
+def test_what_was_learnt_in_another_way_is_gone_on_with(picture_files, tmp_path):
+    for folder in ("once", "parts"):
+        assert run_small(picture_files, tmp_path / folder, "--num_iter", "1") == 0
+    path = tmp_path / "parts" / "result_image_state.npz"
+    with np.load(path) as state:
+        contents = dict(state) | {"way": ""}  # as workers leave it, or a run that was out of memory once
+    np.savez(path, **contents)
+    for folder in ("once", "parts"):
+        assert run_small(picture_files, tmp_path / folder, "--num_iter", "2", "--resume") == 0
+    np.testing.assert_array_equal(pixels(tmp_path / "once", 2), pixels(tmp_path / "parts", 2))
 
 
 def test_of_gigabytes_nothing_is_kept_and_that_is_said(picture_files, tmp_path, capsys, monkeypatch):
