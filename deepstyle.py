@@ -36,7 +36,7 @@ try:
     from deepstyle_support.convolution import Kernel, convolve, kernel_on_device
     from deepstyle_support.device import describe_device
     from deepstyle_support.files import Outputs, base_path
-    from deepstyle_support.folder import Batch, Photo, arguments_for, folders_in, photos_in
+    from deepstyle_support.folder import Batch, Photo, arguments_for, folders_in, photos_in, printable
     from deepstyle_support.lbfgs import Curvature, device_lbfgs, kept_bytes
     from deepstyle_support.memory import SMALLEST, Plan, free_memory, held_beside, plan_memory, smaller_tile
     from deepstyle_support.messages import Stream, UserError, in_words, require_choice, say, tell, words
@@ -81,6 +81,8 @@ __version__ = "0.2.0"
 STYLE_LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv4_1", "conv5_1")
 ON_OFF = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 EVALUATIONS_PER_ITERATION = 20
+# Where more is a mistake in typing: a side of a picture, and corrections, of which some dozens are of use.
+MOST = {"image_size": 10**9, "style_size": 10**9, "history": 1000}
 Tensor = Any  # one of the backend's, or an array where it takes one
 
 
@@ -164,6 +166,8 @@ class Settings:
             for one in value if isinstance(value, tuple) else (value,):
                 if isinstance(one, int | float) and not least <= one < math.inf:
                     raise UserError(f"--{field.name} is {one}; it must be {least} or more, and finite")
+                if type(one) is int and field.name in MOST and one > MOST[field.name]:
+                    raise UserError(f"--{field.name} is {one}; it must be {MOST[field.name]} or less")
         put("preserve_color", {"True": "luma", "False": False}.get(str(self.preserve_color), self.preserve_color))
         put("tile", str(self.tile))
         require_choice("--preserve_color", self.preserve_color, (False, "luma", "match"))
@@ -181,7 +185,9 @@ class Settings:
                 raise UserError(f"--background is '{self.background}'; {known}") from None
         if self.tile not in ("auto", "off") and not (re.fullmatch("[0-9]+", self.tile) and int(self.tile) >= 16):
             raise UserError(f"--tile is '{self.tile}'; it must be auto, off, or a number of pixels from 16 on")
-        if len(self.style_layer_weights) not in (1, len(self.style_layers)) or not sum(self.style_layer_weights):
+        if len(self.style_layer_weights) not in (1, len(self.style_layers)) or not (
+            0 < sum(self.style_layer_weights) < math.inf
+        ):
             raise UserError(
                 f"--style_layer_weights are {words(self.style_layer_weights)}; there must be one, or one for each of "
                 f"the {len(self.style_layers)} --style_layers, and not all 0"
@@ -611,12 +617,12 @@ class Objective:
 
     content: (H, W, 3) uint8 RGB, the generated picture's size. style: such an array of any size, or a list of them;
     style_masks, one for each, and content_mask: (H, W) or (H, W, 3) uint8, white where it holds. Where the content is
-    transparent, (H, W, 4) RGBA, nothing counts, and of a transparent style only its opaque part. weights: None for the
-    trained network, "random", a file, or what load_weights returned. reuse: shared with other objectives of the same
-    weights and options. The options are the command's flags, that is the fields of Settings. With tile=N all is
-    computed tile by tile in bounded memory, and comes out the same: Gram matrices are sums over positions, so the
-    tiles' add up to the picture's, from which the style losses follow, and each tile's gradient adds to the picture's
-    where its window is.
+    transparent, (H, W, 4) RGBA, neither content nor style counts, and of a transparent style only its opaque part.
+    weights: None for the trained network, "random", a file, or what load_weights returned. reuse: shared with other
+    objectives of the same weights and options. The options are the command's flags, that is the fields of Settings.
+    With tile=N all is computed tile by tile in bounded memory, and comes out the same: Gram matrices are sums over
+    positions, so the tiles' add up to the picture's, from which the style losses follow, and each tile's gradient
+    adds to the picture's where its window is.
 
     Calling it with x, (H, W, 3) float in input space, returns (loss: float, gradient: (H, W, 3) float64). Where memory
     runs out it goes on in smaller tiles, of which `on_smaller_tiles` is told the pixels. Raises UserError for a bad
@@ -755,7 +761,9 @@ class Objective:
 
     def _grams_of_style(self, style: np.ndarray, places: list[Place]) -> dict[Place, np.ndarray]:
         """{place: (C, C)} of a style, (H, W, 3 or 4) uint8: at hand if it was shown so before."""
-        key = hashlib.sha256(style.tobytes()).digest(), style.shape, tuple(places), self.tile
+        # To the bit it also depends on the tiles, of which a small style is one.
+        tile = min(self.tile or max(self.size) + 15, max(style.shape) + 15)
+        key = hashlib.sha256(style.tobytes()).digest(), style.shape, tuple(places), tile
 
         def compute() -> dict[Place, np.ndarray]:
             opaque = opaque_at_places(style, style.shape[:2], places)
@@ -1047,7 +1055,11 @@ def held_by(pictures: Pictures, settings: Settings, frames: int = 0) -> int:
     """Bytes that painting them holds beside what is computed, with an animation of so many frames."""
     coloured, masked = settings.preserve_color == "luma", pictures.color_mask is not None
     clear = alpha_of(pictures.content) is not None
-    return held_beside(pictures.named().values(), saved_size(pictures, settings), coloured, masked, clear, frames)
+    held = held_beside(pictures.named().values(), saved_size(pictures, settings), coloured, masked, clear, frames)
+    size = picture_sizes(pictures.content.shape, settings)[-1]
+    # A style as it is shown takes 27 bytes a pixel, before L-BFGS has its vectors, of 200 bytes and more.
+    largest = max(math.prod(shown) for shown in style_sizes(pictures.styles, size, settings))
+    return held + max(0, 27 * largest - 200 * math.prod(size))
 
 
 def finish(x: np.ndarray, content: np.ndarray, settings: Settings, color_mask: np.ndarray | None = None) -> np.ndarray:
@@ -1099,9 +1111,9 @@ def paint(
             state = State(x, np.empty((0, 4)), shaped_by, 0, False)
         watch = functools.partial(on_evaluation, size)
         objective = objective_at(size, pictures, settings, weights, plan.tile, on_smaller_tiles, reuse, make)
-        full = size == sizes[-1]
+        full, tile = size == sizes[-1], objective.tile
         for reached in iterations_at(objective, state, settings, full, totals[size], watch, stop, plan.history):
-            x, exact = reached.state.x, exact and objective.tile == plan.tile
+            x, exact = reached.state.x, exact and objective.tile == tile
             shown = x if full else enlarge(x.astype(np.float32), sizes[-1])
             picture = finish(shown, pictures.content, settings, pictures.color_mask)
             as_it_is = dataclasses.replace(settings, rescale_image=False)
@@ -1303,7 +1315,9 @@ def run(
     held = held_by(pictures, settings, frames) + held_for_report(size, reported)
     plan = computing.plan(size, settings, held, shared.free if shared else None)
     outputs.keeps = kept_bytes(size, plan.history) if settings.optimizer == "device" else 0
+    check_agreement(pictures, settings)  # after the plan: masks of a size that is too large would fill the memory
     outputs.check(input_paths(arguments, settings), saved_size(pictures, settings))
+    outputs.check_extras_are_ours()
     weights, source = (shared.weights, "") if shared else load_weights(settings.weights, settings.seed, settings.model)
     console = console_for(arguments)
     show: Callable[[str], None] = (lambda line: None) if shared else console.print
@@ -1313,21 +1327,21 @@ def run(
             if arguments.resume
             else None
         )
-        outputs.check_extras_are_ours()
+        outputs.check_extras_are_ours()  # again, now that no other run can write them
         full = state if state and state.size == size else None
         done = full.iteration if full else 0
         if full:
             outputs.expect(full, lambda: finish(full.x, pictures.content, settings, pictures.color_mask))
-        if full and done >= settings.num_iter:
+        if full and (nothing := why_nothing_to_do(full, settings)):
             for path in outputs.finish():
                 show(f"saved {path}")
             if not (arguments.quiet or shared):
-                tell(f"nothing to do: {done} iterations are done; a larger --num_iter goes on from there")
-            return Ending(0, False, float(full.losses[-1][0]), outputs.picture_path(done))
+                tell(f"nothing to do: {nothing}")
+            return Ending(0, False, float(full.losses[-1][0]), outputs.latest_picture(done))
         device = computing.device()
         outputs.made = how_it_is_made(arguments, settings, plan, computing.program)
         if not state and (moved := outputs.clear_the_way(arguments.overwrite)):
-            console.print(moved)
+            console.print(printable(moved) if shared else moved)
         if arguments.resume:
             show(where_it_goes_on(state, size))
         show(f"painting {size[0]} x {size[1]} pixels on {device}; {source}")
@@ -1359,13 +1373,25 @@ def run(
             iterations = paint(pictures, settings, weights, plan, state, *watch, reuse, computing.make)
             last = save_all(iterations, outputs, totals, show)
     if received:
-        tell(name + describe_stop(last, done))
+        tell(name + describe_stop(last, done + bool(full and full.partial)))
         return Ending(128 + received[0], True)
     if early := why_early(last, done, settings):
         show(early)
-    if not last:
-        return Ending(0, True)
-    return Ending(0, True, last.loss, outputs.picture_path(0 if last.coarse else last.number))
+    if last:
+        return Ending(0, True, last.loss, outputs.latest_picture(0 if last.coarse else last.number))
+    return Ending(0, True, float(full.losses[-1][0]) if full else None, outputs.latest_picture(done))
+
+
+def why_nothing_to_do(state: State, settings: Settings) -> str:
+    """Why a run that goes on from this state, of full size, has nothing left to do, in words; empty if it has."""
+    if state.iteration >= settings.num_iter:
+        return f"{state.iteration} iterations are done; a larger --num_iter goes on from there"
+    if not state.partial and state.iteration > 1:
+        before, loss = state.losses[-2:, 0]
+        if is_enough(state.iteration, 100 * (before - loss) / before if before else 0.0, settings):
+            least = f"the last iteration improved by less than {settings.min_improvement} %"
+            return f"{least}; a smaller --min_improvement goes on from there"
+    return ""
 
 
 def where_it_goes_on(state: State | None, size: tuple[int, int]) -> str:
@@ -1477,8 +1503,11 @@ MASKS = ("style_masks", "content_mask", "color_mask")
 def how_it_is_made(
     arguments: argparse.Namespace, settings: Settings, plan: Plan, program: tuple[str, ...] = HERE.program
 ) -> dict[str, Any]:
-    """All that a picture's text says of its command: with the plan as it was, however much memory there is later."""
-    planned = {"tile": str(plan.tile or "off"), "history": plan.history, "max_memory": 0.0}
+    """All that a picture's text says of its command: with the plan as it was, however much memory there is later.
+
+    It does not end early: a run that was gone on with may have made pictures that come after such an end.
+    """
+    planned = {"tile": str(plan.tile or "off"), "history": plan.history, "max_memory": 0.0, "min_improvement": 0.0}
     return {
         "version": __version__,
         "program": program,
@@ -1499,14 +1528,12 @@ def input_paths(arguments: argparse.Namespace, settings: Settings) -> list[str]:
 
 
 def read_inputs(arguments: argparse.Namespace, settings: Settings, beside: dict[str, Any] | None = None) -> Pictures:
-    """All pictures that are named. Raises UserError if one cannot be read, or they do not go together.
+    """All pictures that are named. Raises UserError if one cannot be read.
 
     beside: what `read_beside` returned, if all but the content have been read.
     """
     content = laid_on(read_named(arguments.content, arguments), settings.background)
-    pictures = Pictures(content, **(read_beside(arguments, settings) if beside is None else beside))
-    check_agreement(pictures, settings)
-    return pictures
+    return Pictures(content, **(read_beside(arguments, settings) if beside is None else beside))
 
 
 def read_beside(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:

@@ -114,7 +114,7 @@ find_python() {
 # Sets $picture: $1 as given, or else the picture of that name under images/.
 find_picture() {
     picture=$1
-    if [ ! -e "$1" ] && [ -e "$here/images/$1" ]; then picture=$here/images/$1; fi
+    if [ ! -e "$1" ] && [ -f "$here/images/$1" ]; then picture=$here/images/$1; fi
 }
 
 is_flag() { case $1 in -*) true ;; *) false ;; esac; }
@@ -143,6 +143,9 @@ for argument; do
         set -- "$@" "$picture"
     elif [ -f "$picture" ]; then
         say "'$argument' is a file, not a folder; behind several styles name OUTDIR"
+        exit 2
+    elif [ -z "$argument" ]; then
+        say "OUTDIR is empty; name a folder"
         exit 2
     else
         set -- "$@" "$argument/"

@@ -21,7 +21,7 @@ from PIL import Image
 from .disk import write_whole
 from .lbfgs import Curvature, from_arrays, to_arrays
 from .messages import UserError
-from .outputs import Log, csv_log, tensorboard_log, write_animation
+from .outputs import Log, csv_log, events_path, tensorboard_log, write_animation
 from .pictures import resize
 from .profiles import png_tags
 from .reading import read_picture
@@ -62,6 +62,7 @@ class Outputs:
         self._frames: list[np.ndarray] = []
         self._unsaved: Callable[[], Path] | None = None  # writes the latest picture, if that is not written yet
         self._latest: State | None = None
+        self._written: list[Path] = []  # beside pictures and state, by this run and those that it goes on from
 
     @property
     def extras(self) -> list[Path]:
@@ -75,6 +76,11 @@ class Outputs:
     def picture_path(self, number: int, coarse_size: tuple[int, int] | None = None) -> Path:
         at = f"{coarse_size[0]}x{coarse_size[1]}_" if coarse_size else ""
         return self.base.with_name(f"{self.base.name}_at_{at}iteration_{number}.png")
+
+    def latest_picture(self, number: int) -> Path | None:
+        """The picture of the last iteration, if it is there."""
+        path = self.picture_path(number)
+        return path if path.exists() else None
 
     def owns(self, path: Path) -> bool:
         """Whether path is, by its name, a picture or the state of a run with this base."""
@@ -96,6 +102,8 @@ class Outputs:
                 raise UserError(f"'{given}' is an input, and a run with this PREFIX would write there; choose another")
             if Path(given).resolve() in [extra.resolve() for extra in self.extras]:
                 raise UserError(f"'{given}' is an input, and would be written over; choose another name")
+            if Path(given).resolve() in self._extras_before():
+                raise UserError(f"'{given}' is an input, and an earlier run wrote it; choose another PREFIX")
         for path in (*self.extras, self.base):
             folder = path.parent.resolve()
             while not os.path.lexists(folder):
@@ -135,13 +143,24 @@ class Outputs:
     def owned(self) -> Iterator[None]:
         """Make the folders, and let no other run write here. Raises UserError if one does, or the folders cannot be."""
         with contextlib.ExitStack() as locks:
-            for path in (self.base, *self.extras):
+            for path in dict.fromkeys((self.base, *self.extras)):
                 try:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     locks.enter_context(lock_of(path))
                 except OSError as error:
                     raise UserError(f"cannot write in the folder '{path.parent}': {error.strerror}") from error
+            self._remove_unfinished()
             yield
+
+    def _remove_unfinished(self) -> None:
+        """Remove what a killed run was writing."""
+        extras = [path.resolve() for path in self.extras]
+        for folder in {path.parent for path in (self.base.resolve(), *extras)}:
+            for path in folder.glob(".*.part"):
+                unfinished = re.fullmatch(r"\.(.+?)(\.[0-9a-f]{8})?\.part", path.name)
+                meant = path.with_name(unfinished[1]) if unfinished else path
+                if self.owns(meant) or meant in extras:
+                    path.unlink()
 
     def read_state(self, shaped_by: dict[str, str], defaults: dict[str, str]) -> State | None:
         """The state to go on from; None if there is none. Raises UserError if it is not of such a run.
@@ -173,40 +192,37 @@ class Outputs:
                 raise UserError(f"cannot resume '{path}': {name} was {before} and now is {now}")
         return state
 
-    def _resolved(self) -> list[Path]:
-        return [path.resolve() for path in self.extras]
-
     def _extras_before(self) -> list[Path]:
-        """What an earlier run of this PREFIX wrote besides its pictures and state, as its state says."""
+        """The files that an earlier run of this PREFIX wrote besides its pictures and state, as its state says.
+
+        Of a folder that was copied or moved, only those in it are.
+        """
+        folder = self.base.parent.resolve()
         try:
             with np.load(self.state_path, allow_pickle=False) as file:
-                # 0.2.0 did not say it: what is there by these names is taken for it.
-                return (
-                    [Path(path) for path in json.loads(str(file["extras"]))] if "extras" in file else self._resolved()
-                )
+                if "extras" not in file:  # 0.2.0 did not say it: what is there by these names is taken for it
+                    return [one.resolve() for path in self.extras for one in files_of(path)]
+                moved = str(file["base"]) != str(self.base.resolve())
+                paths = [Path(path) for path in json.loads(str(file["extras"]))]
+                return [folder / path for path in paths if not (moved and path.is_absolute())]
         except Exception:  # there is none, or it is damaged: np.load raises almost anything
             return []
 
     def check_extras_are_ours(self) -> None:
         """Raise UserError if a log, an animation, a report or events are there that no run of this PREFIX wrote."""
         ours = self._extras_before()
-        for path in self._resolved():
-            if files_of(path) and path not in ours:
+        for path in self.extras:
+            if any(one.resolve() not in ours for one in files_of(path)):
                 raise UserError(
                     f"'{path}' is there, and not of a run with this PREFIX; move it, or choose another name"
                 )
 
     def clear_the_way(self, overwrite: bool) -> str:
         """Move an earlier run's files together into <base>_earlier_<n>/, or remove them; says so if it did."""
-        there = list(self.base.parent.iterdir())
-        for path in there:  # what a killed run was writing
-            unfinished = re.fullmatch(r"\.(.+?)(\.[0-9a-f]{8})?\.part", path.name)
-            if unfinished and self.owns(path.with_name(unfinished[1])):
-                path.unlink()
+        there = filter(self.owns, self.base.parent.iterdir())
         # The state goes first: if we are killed on the way, nothing is left that could be gone on with.
-        earlier = sorted((path for path in there if self.owns(path)), key=lambda path: path.suffix != ".npz")
-        extras = [file for path in self._extras_before() for file in files_of(path)]
-        earlier += extras
+        earlier = sorted(there, key=lambda path: path.suffix != ".npz")
+        earlier += [path for path in self._extras_before() if path.is_file()]
         if not earlier:
             return ""
         if overwrite:
@@ -242,13 +258,17 @@ class Outputs:
         totals: how many iterations there are to be at each size, (rows, columns), the last being the picture's own.
         inputs: the pictures that are read, by their names in words; defaults: of the settings; both for the report.
         """
-        self._logs = [csv_log(self.log)] if self.log else []
-        self._logs += [tensorboard_log(self.tensorboard)] if self.tensorboard else []
+        events = events_path(self.tensorboard).resolve() if self.tensorboard else None
+        self._logs = [csv_log(self.log.resolve())] if self.log else []
+        self._logs += [tensorboard_log(events)] if events else []
+        others = [path.resolve() for path in (self.animation, self.log, self.report) if path]
+        written = [*others, events] if events else others
+        self._written = [*dict.fromkeys([*(self._extras_before() if state else []), *written])]
         before = self._paths_before(totals, state) if state else {}
         if self.report:
             facts = facts_of(self.made, defaults, inputs, max(list(totals)[-1]))
             taken = taken_over(self.report, before, state) if state else ([], {})
-            self._report = report_of(self.report, facts, totals, start(), taken)
+            self._report = report_of(self.report.resolve(), facts, totals, start(), taken)
             self._logs.append(self._report.add)
         if self.animation:
             first = start()
@@ -284,7 +304,9 @@ class Outputs:
         shown = number, iteration.picture, iteration.loss, state.shaped_by, exact
         self._unsaved = lambda: self._write_picture(*shown)
         with advice_to_resume():
-            if last or iteration.number % self.every == 0:
+            # A part of an iteration may have been saved by its number: it is written over.
+            there = not iteration.coarse and self.picture_path(iteration.number).exists()
+            if last or there or iteration.number % self.every == 0:
                 if iteration.coarse:
                     own = iteration.number, iteration.own_size, iteration.loss, state.shaped_by, iteration.exact
                     path = self._write_picture(*own, coarse_size=state.size)
@@ -310,7 +332,7 @@ class Outputs:
             with advice_to_resume():
                 self._write_state(self._latest, learnt)
         if self.animation and self._frames:
-            write_animation(self.animation, self._frames)
+            write_animation(self.animation.resolve(), self._frames)
             paths.append(self.animation)
         return paths
 
@@ -318,7 +340,10 @@ class Outputs:
         """Write what is needed to go on from there."""
         contents: dict[str, Any] = {"x": np.asarray(state.x, np.float32), "losses": state.losses}
         contents |= {"iteration": state.iteration, "evaluations": state.evaluations, "partial": state.partial}
-        contents |= {"shaped_by": json.dumps(state.shaped_by), "extras": json.dumps([*map(str, self._resolved())])}
+        folder = self.base.parent.resolve()
+        extras = [str(path.relative_to(folder) if path.is_relative_to(folder) else path) for path in self._written]
+        contents |= {"shaped_by": json.dumps(state.shaped_by), "extras": json.dumps(extras)}
+        contents |= {"base": str(self.base.resolve())}
         contents |= {"way": state.way, **to_arrays(learnt)} if learnt else {}
         write_whole(self.state_path, lambda file: np.savez(file, **contents))
 
@@ -353,7 +378,7 @@ def read_learnt(path: Path) -> Curvature:
 
 
 def files_of(extra: Path) -> list[Path]:
-    """The file that a log or an animation is, or TensorBoard's in a folder."""
+    """The file that a log, an animation or a report is, or TensorBoard's in a folder."""
     return sorted(extra.glob("events.out.tfevents.*")) if extra.is_dir() else [extra] * extra.is_file()
 
 

@@ -37,9 +37,11 @@ class Photo:
     def card(self, report: str) -> Card:
         """What the page of the folder says of it; `report` is the name of its own."""
         if self.is_done and self.ending and self.ending.picture and not self.thumbnail:
-            self.thumbnail = encoded(read_picture(str(self.ending.picture), allow_large=True)[0], THUMBNAIL)
+            with contextlib.suppress(UserError):  # it may have been taken away
+                self.thumbnail = encoded(read_picture(str(self.ending.picture), allow_large=True)[0], THUMBNAIL)
         loss = f"loss {self.ending.loss:.5g}" if self.ending and self.ending.loss is not None else "stopped"
-        link = quote(os.fsencode(f"{self.results.name}/{report}"))
+        # A photo that was done before may have no report.
+        link = quote(os.fsencode(f"{self.results.name}/{report}")) if (self.results / report).exists() else ""
         return Card(self.path.name, self.failure or loss, self.thumbnail, link)
 
     @property
@@ -151,7 +153,10 @@ class Batch:
     def write_page(self, report: str, folder: str, styles: list[str]) -> None:
         """Write the page of those photos whose runs have ended or failed, with links to their own reports."""
         cards = [photo.card(report) for photo in self.photos if photo.ending or photo.failure]
-        write_index(self.results / report, title_of(folder, *styles), cards, len(self.photos))
+        try:
+            write_index(self.results / report, title_of(folder, *styles), cards, len(self.photos))
+        except UserError as error:
+            tell(f"no page of the photos: {error}")
 
     def end(self, status: int = 0) -> int:
         """Tell what is not done, and why. Returns the exit status, which is `status` unless that is 0."""

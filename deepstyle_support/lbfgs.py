@@ -3,7 +3,7 @@
 It is algorithms 7.4 and 7.5 of Nocedal & Wright, Numerical Optimization, 2nd ed. 2006. The two-loop recursion is done
 on coefficients, as in Chen, Wang & Zhou, "Large-scale L-BFGS using MapReduce", 2014: all that it computes are sums of
 vectors that are at hand, so from their dot products it knows what each will be multiplied by, and one sum of vectors is
-the result. That reads each vector once and not four times.
+the result. Nothing as large as the picture is written in between.
 
 "Vector" is whatever the optimiser minimises over: (H, W, 3).
 """
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backend import as_array, compile_once, done_before, import_keras, on_cpu
+from .messages import UserError
 
 Tensor = Any  # one of the backend's
 Evaluate = Callable[[Tensor], Any]  # gives what has a `loss`, a float, and a `gradient`, a tensor
@@ -85,9 +86,10 @@ def kept_bytes(size: tuple[int, int], history: int) -> int:
 
 
 def to_arrays(curvature: Curvature) -> dict[str, np.ndarray]:
-    """The curvature as named arrays, to be written to a file."""
-    pairs = {f"step_{i}": as_array(step) for i, step in enumerate(curvature.steps)}
-    pairs |= {f"change_{i}": as_array(change) for i, change in enumerate(curvature.changes)}
+    """The curvature as named arrays, to be written to a file; on a CPU they are no copies."""
+    to_array = np.asarray if on_cpu() else as_array
+    pairs = {f"step_{i}": to_array(step) for i, step in enumerate(curvature.steps)}
+    pairs |= {f"change_{i}": to_array(change) for i, change in enumerate(curvature.changes)}
     return pairs | {"by_changes": curvature.by_changes, "by_gradient": curvature.by_gradient}
 
 
@@ -152,9 +154,12 @@ def line_search(
 
     known: whether the direction says how far to go. What is too short is doubled, and then the middle is tried of what
     is too short and what is too long: between the two there always is a point that fulfils the weak conditions (Lewis &
-    Overton, "Nonsmooth optimization via quasi-Newton methods", 2013, algorithm 2.6).
+    Overton, "Nonsmooth optimization via quasi-Newton methods", 2013, algorithm 2.6). Raises UserError, status 1, if the
+    gradient's square is beyond float32.
     """
     (slope,) = dot_products((evaluation.gradient,), direction)
+    if not math.isfinite(slope):
+        raise UserError("the gradient is too large for L-BFGS in float32; lower the weights", status=1)
     length = 1.0 if known else FIRST_STEP / (largest(direction) or 1.0)
     short, long = 0.0, math.inf
     for _ in range(MOST_TRIALS if slope < 0 else 0):

@@ -84,8 +84,14 @@ def plan_memory(
 
     def too_large(rows: int) -> bool:
         smaller = rows, max(1, rows * size[1] // size[0])
-        return not way_that_fits(smaller, settings, free - held, gpu_free, workers)
+        # What is held beside grows with the picture, less those that are read.
+        held_then = held * math.prod(smaller) / math.prod(size)
+        return not way_that_fits(smaller, settings, free - held_then, gpu_free, workers)
 
+    if settings.optimizer == "scipy" and corrections_of_scipy(size) < min(settings.history, FEW_CORRECTIONS):
+        raise UserError(
+            f"{size[0]} x {size[1]} pixels are too many for SciPy's L-BFGS-B; --optimizer device has no such limit"
+        )
     largest = bisect.bisect(range(1, size[0]), False, key=too_large)
     tile = SMALL_TILE if settings.tile == "auto" else given_tile(settings)
     fewest = min(settings.history, FEW_CORRECTIONS)
@@ -109,6 +115,8 @@ def way_that_fits(
         needed = needed_by_all(workers, bool(gpu_free), size, tile, 0, settings)
         here, on_gpu = needed.shared(bool(gpu_free), settings.optimizer)
         room = free - here
+        if settings.optimizer == "scipy":
+            room = min(room, corrections_of_scipy(size) * bytes_per_correction(size, "scipy"))
         if gpu_free and (room < 0 or on_gpu > gpu_free):
             return -1
         if gpu_free and settings.optimizer == "device" and not workers:
@@ -163,6 +171,15 @@ def bytes_per_vector(size: tuple[int, int], optimizer: str) -> int:
 def bytes_per_correction(size: tuple[int, int], optimizer: str) -> int:
     """What L-BFGS keeps of each: a step and a change of the gradient."""
     return 2 * bytes_per_vector(size, optimizer)
+
+
+def corrections_of_scipy(size: tuple[int, int]) -> int:
+    """The most that SciPy's L-BFGS-B can keep: it counts its 2 m n + 5 n + 11 m^2 + 8 m numbers in 32 bits.
+
+    n: the numbers of the picture, m: the corrections, up to 1000. With more of them it ends the process.
+    """
+    n = 3 * math.prod(size)
+    return (2**31 - 1 - 5 * n - 11 * 1000**2 - 8 * 1000) // (2 * n)
 
 
 def network_of(settings: Wishes) -> tuple[str, tuple[str, ...], str, str]:

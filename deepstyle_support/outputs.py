@@ -41,20 +41,23 @@ def csv_log(path: Path) -> Log:
     return log
 
 
-def tensorboard_log(folder: Path) -> Log:
-    """A function that writes an iteration's losses and picture where TensorBoard looks for them.
+def events_path(folder: Path) -> Path:
+    """A new file in the folder, named as TensorBoard names its events."""
+    now = time.time_ns()
+    return folder / f"events.out.tfevents.{now // 10**9:010}.{socket.gethostname()}.{os.getpid()}.{now % 10**9}"
+
+
+def tensorboard_log(path: Path) -> Log:
+    """A function that writes an iteration's losses and picture to a file that TensorBoard looks for.
 
     It needs no TensorFlow, which would take a GPU's memory beside another backend: TensorBoard's own writer of files
-    loads it where it is installed, so only its records and messages are used, in a file named as it names them.
+    loads it where it is installed, so only its records and messages are used. There is no file before there is an
+    iteration.
     """
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
     from tensorboard.summary.writer.record_writer import RecordWriter
-
-    folder.mkdir(parents=True, exist_ok=True)
-    now = time.time()
-    path = folder / f"events.out.tfevents.{int(now):010}.{socket.gethostname()}.{os.getpid()}.{time.time_ns() % 10**9}"
 
     def write(*events: Any) -> None:
         with path.open("ab") as file:
@@ -67,9 +70,11 @@ def tensorboard_log(folder: Path) -> Log:
         losses = {"loss": iteration.loss, **iteration.parts}
         shown = [scalar_pb(group + name.replace(" conv", "/conv"), value) for name, value in losses.items()]
         shown.append(Summary(value=[picture_value(f"{group}picture", iteration.own_size)]))
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         write(*(Event(wall_time=time.time(), step=iteration.number, summary=summary) for summary in shown))
 
-    write(Event(wall_time=now, file_version="brain.Event:2"))
     return log
 
 

@@ -60,7 +60,7 @@ class Pictures:
     def masks(self, size: tuple[int, int]) -> dict[str, dict[str, np.ndarray]]:
         """What limits each kind of loss, "content", "style", or "style 2" of several: masks by name, to be multiplied.
 
-        Where the content is transparent nothing counts: its alpha, as it is at (rows, columns), limits all of them.
+        Where the content is transparent none of them counts: its alpha, as it is at (rows, columns), limits them all.
         """
         limits = {name.replace(" mask", ""): {name: mask} for name, mask in self.named().items() if "mask" in name}
         if (alpha := alpha_of(self.content)) is not None:

@@ -45,9 +45,12 @@ def how_close(exact: bool) -> str:
 def description(path: str, defaults: dict[str, Any]) -> str:
     """How a picture was made, in lines, with a command that makes it again. Raises UserError if it does not say."""
     made = read_made(path)
-    command = (
-        made.pop("command") if "command" in made else command_again(made, defaults)
-    )  # 0.2.0 wrote the command itself
+    try:
+        # 0.2.0 wrote the command itself.
+        command = made.pop("command") if "command" in made else command_again(made, defaults)
+        at = f" at {made['at']}" if "at" in made else ""
+        explained = f"this {how_close(made['exact'])}, as its iteration {made['iteration']}{at}:"
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"'{path}' does not say how it was made, or not all of it") from error
     lines = [f"{name}: {value}" for name, value in made.items() if isinstance(value, str | float | int)]
-    at = f" at {made['at']}" if "at" in made else ""
-    return "\n".join([*lines, f"this {how_close(made['exact'])}, as its iteration {made['iteration']}{at}:", command])
+    return "\n".join([*lines, explained, command])

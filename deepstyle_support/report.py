@@ -105,7 +105,8 @@ def report_of(
 
 def title_of(content: str, *styles: str) -> str:
     """What a page of these files is called."""
-    return f"{Path(content).stem} in the style of {' and '.join(Path(style).stem for style in styles)}"
+    painted = Path(content).stem or Path(content).resolve().name  # a folder may be named by a dot
+    return f"{painted} in the style of {' and '.join(Path(style).stem for style in styles)}"
 
 
 def taken_over(path: Path, before: dict[tuple[Size, int], Path], state: State) -> tuple[list[Shown], Points]:
@@ -227,7 +228,7 @@ class Card:
     name: str
     said: str  # how its run ended
     picture: str = ""  # its last, a WebP file in base64; empty if there is none
-    link: str = ""  # its own report, from where the page is
+    link: str = ""  # its own report, from where the page is; empty if there is none
 
 
 def write_index(path: Path, title: str, cards: list[Card], of: int) -> None:

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ from deepstyle_support.weights import Weights  # noqa: E402
 
 DEATHS = 3  # of workers one after another, for each that there is to be, without a tile that is computed in between
 AHEAD = 2  # tiles a worker: how far those that are computed may be before the one that is to be added next
-PATIENCE = 300  # seconds to wait for a worker if there is no other; to load a backend takes 5 to 60
+PATIENCE = 120  # seconds to wait for a worker if there is no other; to load a backend takes 5 to 60
 
 
 class Worker:
@@ -77,9 +78,10 @@ class Workers:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if not on_cluster():  # "local", since Ray would else join one that happens to run on this machine
             options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": False}
-        self.began = True
+        self.began, on_sigterm = True, signal.getsignal(signal.SIGTERM)
         try:
             ray.init(**options)
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process without a word
         except Exception as error:  # Ray raises anything here
             raise UserError(f"Ray cannot start: {str(error).strip().splitlines()[0]}", status=1) from error
         machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
@@ -226,7 +228,7 @@ def environment(threads: int) -> dict[str, str]:
     """What a worker's process finds in its environment, on any machine: its modules, backend and threads."""
     names = "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS", "NPROC"  # NPROC is JAX's
     return {
-        "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER / "examples")]),
+        "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER / "examples"), os.environ.get("PYTHONPATH", "")]),
         "KERAS_BACKEND": backend(),
         **dict.fromkeys(names, str(threads)),
     }
@@ -256,6 +258,8 @@ def run(arguments: argparse.Namespace, settings: deepstyle.Settings) -> deepstyl
         raise UserError(f"--tile is off; {number} workers need tiles to share")
     if not importlib.util.find_spec("ray"):
         raise UserError(f"this needs the package ray; '{sys.executable} -m pip install ray' brings it")
+    if os.path.isdir(arguments.content):
+        raise UserError(f"'{arguments.content}' is a folder; name one photo, or paint the folder with deepstyle.py")
     workers = Workers(number)
     computing = deepstyle.Computing(
         plan=functools.partial(plan_for, number),

@@ -46,6 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num_iter", type=int, default=10)
     parser.add_argument("--weights")
     arguments = parser.parse_args(argv)
+    if arguments.workers < 1:
+        parser.error("--workers must be 1 or more")
+    if not arguments.jobs.is_file():
+        parser.error(f"there is no file '{arguments.jobs}'")
+    if arguments.results.exists() and not arguments.results.is_dir():
+        parser.error(f"'{arguments.results}' is no folder")
     arguments.results.mkdir(parents=True, exist_ok=True)
     options = {name: getattr(arguments, name) for name in ("image_size", "num_iter", "weights")}
     threads = max(1, os.cpu_count() // arguments.workers)
