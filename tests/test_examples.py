@@ -5,10 +5,14 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from conftest import IMAGES
 from PIL import Image
 
 import deepstyle
+
+sys.path.insert(0, str(IMAGES.parent / "examples"))
+import many_pictures
 
 
 def test_ray_paints_a_list_of_pictures_with_two_workers(picture_files, tmp_path):
@@ -33,3 +37,22 @@ def test_ray_paints_a_list_of_pictures_with_two_workers(picture_files, tmp_path)
         (expected,) = deepstyle.stylize(*pictures, image_size=32, num_iter=1, weights="random")
         got = np.asarray(Image.open(tmp_path / "results" / f"{number}.png")).astype(int)
         assert np.abs(got - expected.picture).max() <= 2  # with fewer threads, sums are rounded in another order
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["jobs.txt", "results", "--workers", "0"], "--workers must be 1 or more"),
+        (["none.txt", "results"], "there is no file 'none.txt'"),
+        (["jobs.txt", "jobs.txt"], "'jobs.txt' is no folder"),
+    ],
+)
+def test_what_is_wrong_with_a_list_of_pictures_is_said_before_anything_is_made(
+    tmp_path, monkeypatch, capsys, arguments, said
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs.txt").touch()
+    with pytest.raises(SystemExit, match="2"):
+        many_pictures.main(arguments)
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["jobs.txt"]

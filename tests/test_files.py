@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -90,10 +91,99 @@ def test_only_files_of_the_same_prefix_are_moved(picture_files, tmp_path):
 
 
 def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path):
-    for name in (".a_at_iteration_7.png.part", ".a_state.npz.part", ".b_at_iteration_7.png.part"):
-        (tmp_path / name).touch()
-    assert Outputs(tmp_path / "a").clear_the_way(overwrite=False) == ""
-    assert names(tmp_path) == [".b_at_iteration_7.png.part"]
+    unfinished = "a_at_iteration_7.png.0123abcd", "a_state.npz.0123abcd", "a.html.0123abcd", "a_state.npz"  # by 0.2.0
+    for name in (*unfinished, "b_at_iteration_7.png.0123abcd"):
+        (tmp_path / f".{name}.part").touch()
+    with Outputs(tmp_path / "a", report=tmp_path / "a.html").owned():
+        assert ".b_at_iteration_7.png.0123abcd.part" in names(tmp_path)
+        assert not list(tmp_path.glob(".a*.part"))
+
+
+def everything(out):
+    return ["--log", str(out / "a.csv"), "--report", str(out / "a.html"), "--tensorboard", str(out / "events")]
+
+
+def test_a_folder_that_was_copied_does_not_own_the_originals_files(picture_files, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    elsewhere = tmp_path / "all.gif"
+    assert run(picture_files, first / "a", *everything(first), "--animation", str(elsewhere)) == 0
+    before = {path: path.read_bytes() for path in [*first.rglob("*"), elsewhere] if path.is_file()}
+    shutil.copytree(first, second)
+    assert run(picture_files, second / "a", "--num_iter", "1", "--overwrite") == 0
+    assert before == {path: path.read_bytes() for path in before}
+    assert names(second) == ["a_at_iteration_1.png", "a_state.npz", "events"]
+    assert names(second / "events") == []
+
+
+def test_a_folder_that_was_moved_is_gone_on_with(picture_files, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(picture_files, first / "a", *everything(first)) == 0
+    first.rename(second)
+    assert run(picture_files, second / "a", *everything(second), "--num_iter", "3", "--resume") == 0
+    assert len((second / "a.csv").read_text().splitlines()) == 4
+
+
+def test_what_a_run_wrote_stays_its_own_while_it_goes_on_without(picture_files, tmp_path):
+    log = ["--log", str(tmp_path / "a.csv")]
+    for number, flags in enumerate((log, [], log), 1):
+        assert run(picture_files, tmp_path / "a", *flags, "--num_iter", str(number), "--resume") == 0
+
+
+def test_an_input_that_an_earlier_run_wrote_is_not_removed(picture_files, tmp_path, capfd):
+    animation = tmp_path / "first.gif"
+    assert run(picture_files, tmp_path / "a", "--animation", str(animation)) == 0
+    assert run(picture_files, tmp_path / "a", "--init_image", str(animation), "--overwrite") == 2
+    assert "is an input, and an earlier run wrote it; choose another PREFIX" in capfd.readouterr().err
+    assert animation.exists()
+
+
+def test_events_of_another_run_are_left_alone(picture_files, tmp_path, capfd):
+    events = tmp_path / "events"
+    flags = ["--tensorboard", str(events)]
+    assert run(picture_files, tmp_path / "a", *flags, "--style_weight", "1e38") == 1
+    assert run(picture_files, tmp_path / "a", *flags) == 0  # that one had left none
+    foreign = events / "events.out.tfevents.1.another"
+    foreign.touch()
+    capfd.readouterr()
+    assert run(picture_files, tmp_path / "a", *flags, "--overwrite") == 2
+    assert "is there, and not of a run with this PREFIX" in capfd.readouterr().err
+    assert run(picture_files, tmp_path / "a", "--overwrite") == 0
+    assert names(events) == [foreign.name]
+
+
+def test_a_link_is_written_through_and_stays_ours(picture_files, tmp_path):
+    link = tmp_path / "link.csv"
+    link.symlink_to(tmp_path / "real.csv")
+    for number in ("1", "2"):
+        assert run(picture_files, tmp_path / "a", "--log", str(link), "--num_iter", number, "--resume") == 0
+    assert link.is_symlink()
+    assert len((tmp_path / "real.csv").read_text().splitlines()) == 3
+
+
+def test_a_command_that_is_refused_makes_no_folder(picture_files, tmp_path):
+    (tmp_path / "foreign.csv").touch()
+    assert run(picture_files, tmp_path / "new" / "a", "--log", str(tmp_path / "foreign.csv")) == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_pictures_and_events_may_go_to_one_name(picture_files, tmp_path):
+    assert run(picture_files, tmp_path / "a", "--tensorboard", str(tmp_path / "a")) == 0
+
+
+def test_a_part_of_an_iteration_is_written_over_though_every_leaves_it_out(picture_files, tmp_path):
+    assert run(picture_files, tmp_path / "a", "--num_iter", "1") == 0
+    (tmp_path / "a_at_iteration_2.png").write_text("a part")
+    assert run(picture_files, tmp_path / "a", "--num_iter", "3", "--every", "3", "--resume") == 0
+    Image.open(tmp_path / "a_at_iteration_2.png").verify()
+
+
+def test_a_run_that_ended_for_lack_of_improvement_is_not_gone_on_with(picture_files, tmp_path, capfd):
+    enough = ["--num_iter", "5", "--min_improvement", "99.9"]
+    assert run(picture_files, tmp_path / "a", *enough) == 0
+    capfd.readouterr()
+    assert run(picture_files, tmp_path / "a", *enough, "--resume") == 0
+    assert "nothing to do: the last iteration improved by less than 99.9 %" in capfd.readouterr().err
+    assert not (tmp_path / "a_at_iteration_3.png").exists()
 
 
 def test_overwrite_replaces_the_earlier_run(picture_files, tmp_path):

@@ -135,7 +135,7 @@ def test_resume_computes_only_what_is_not_done(photos, tmp_path, capsys, monkeyp
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(deepstyle, "Objective", None)
+        patch.setattr(deepstyle, "paint", None)
         assert paint(photos, "--num_iter", "1", "--resume") == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split(", ")[1] for line in lines] == ["done before"] * 2
@@ -144,6 +144,29 @@ def test_resume_computes_only_what_is_not_done(photos, tmp_path, capsys, monkeyp
     assert paint(photos, "--resume") == 0
     assert all((tmp_path / "out" / name / LAST).exists() for name in ("a.jpg", "b c.png", "c.jpg"))
     assert not list((tmp_path / "out").rglob("*earlier*"))
+
+
+def test_a_picture_that_was_taken_away_stops_no_other(photos, tmp_path, capsys):
+    assert paint(photos, "--num_iter", "1", "--report", "a.html") == 0
+    (tmp_path / "out" / "a.jpg" / "result_image_at_iteration_1.png").unlink()
+    save(photos / "c.jpg", 4)
+    assert paint(photos, "--num_iter", "1", "--resume", "--report", "a.html") == 0
+    assert (tmp_path / "out" / "c.jpg" / "a.html").exists()
+
+
+def test_the_page_leads_only_to_reports_that_are_there(photos, tmp_path):
+    assert paint(photos, "--num_iter", "1") == 0
+    assert paint(photos, "--num_iter", "1", "--resume", "--report", "a.html") == 0
+    assert "a.jpg/a.html" not in (tmp_path / "out" / "a.html").read_text()
+
+
+def test_a_style_in_other_tiles_is_not_taken_for_the_same(untrained):
+    wide, photos = smooth_picture(2, 32, 200), [smooth_picture(1, 32, columns) for columns in (32, 64)]
+    reuse = Reuse()
+    _, shared = (deepstyle.Objective(photo, wide, weights=untrained, reuse=reuse) for photo in photos)
+    alone = deepstyle.Objective(photos[1], wide, weights=untrained)
+    for name, target in alone.of_tile.style_targets.items():
+        np.testing.assert_array_equal(shared.of_tile.style_targets[name], target)
 
 
 def test_resume_reports_the_photo_that_was_changed(photos, tmp_path, capsys):

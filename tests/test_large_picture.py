@@ -252,6 +252,24 @@ def test_what_is_wrong_is_said_before_ray_is_started(picture_files, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_is_one_line_that_says_what_paints_it(picture_files, tmp_path, capfd):
+    assert large_picture.main([str(tmp_path), picture_files[1], str(tmp_path / "a"), "--workers", "1"]) == 2
+    assert "is a folder; name one photo, or paint the folder with deepstyle.py" in capfd.readouterr().err
+
+
+def test_workers_find_the_modules_that_this_process_finds(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
+    assert large_picture.environment(1)["PYTHONPATH"].split(os.pathsep)[-1] == "/somewhere/else"
+
+
+def test_a_run_of_workers_that_is_not_stopped_is_made_again_by_its_command(workers, untrained):
+    pictures = deepstyle.Pictures(smooth_picture(1, 48, 48), (smooth_picture(2, 48, 48),))
+    settings = deepstyle.Settings(image_size=64, num_iter=1, scales=2, coarse_iter=1)
+    make = large_picture.functools.partial(large_picture.SharedObjective, workers)
+    plan = deepstyle.Plan(tile=64, history=10, needed=0, free=0)
+    assert [one.exact for one in deepstyle.paint(pictures, settings, untrained, plan, make=make)] == [True, True]
+
+
 def test_without_ray_it_says_what_brings_it(picture_files, tmp_path, monkeypatch, capfd):
     find = large_picture.importlib.util.find_spec
     monkeypatch.setattr(large_picture.importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))

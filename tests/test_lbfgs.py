@@ -161,6 +161,11 @@ def test_what_is_no_number_on_the_way_is_stepped_back_from():
     assert least_after(holed, 30 * np.ones((10, 10, 3)), 400) < 1e-6
 
 
+def test_a_gradient_whose_square_is_beyond_float32_is_an_error_and_no_end():
+    with pytest.raises(deepstyle.UserError, match="too large for L-BFGS in float32; lower the weights"):
+        least_after(lambda x: (1e25, np.full(x.shape, 1e20)), np.ones((10, 10, 3)), 10)
+
+
 def test_the_first_step_changes_no_pixel_by_more_than_twenty_levels():
     asked = []
 

@@ -221,6 +221,35 @@ def test_a_picture_that_does_not_fit_is_refused_with_the_size_that_does(monkeypa
         deepstyle.plan_memory((rows + 4, rows * 3 // 4 + 3), Settings())
 
 
+def test_the_size_that_fits_is_named_also_where_much_is_held_beside(monkeypatch):
+    have(monkeypatch, 2)
+    with pytest.raises(deepstyle.UserError, match="enough for --image_size") as caught:
+        deepstyle.plan_memory((20000, 26000), Settings(), held=10 * 20000 * 26000)
+    rows = int(str(caught.value).split("--image_size ")[1])
+    assert 400 < rows < 1500
+    assert deepstyle.plan_memory((rows, rows * 13 // 10), Settings(), held=10 * rows * rows * 13 // 10)
+
+
+def test_scipys_lbfgs_gets_no_more_than_it_can_count(monkeypatch):
+    have(monkeypatch, 10000)
+    sizes = {(5000, 5500): 10, (5400, 5500): 9, (6000, 7600): 5}
+    for size, history in sizes.items():
+        assert deepstyle.plan_memory(size, Settings()).history == history
+        n, m = 3 * size[0] * size[1], history
+        assert 2 * m * n + 5 * n + 11 * m**2 + 8 * m < 2**31
+        assert deepstyle.plan_memory(size, Settings(optimizer="device")).history == 10
+    with pytest.raises(deepstyle.UserError, match="too many for SciPy's L-BFGS-B; --optimizer device"):
+        deepstyle.plan_memory((8192, 8192), Settings())
+    assert deepstyle.plan_memory((8192, 8192), Settings(optimizer="device")).history == 10
+
+
+def test_the_plan_counts_a_style_that_is_shown_much_larger():
+    pictures = deepstyle.Pictures(smooth_picture(1, 40, 40), (smooth_picture(2, 40, 40),))
+    small, large = (deepstyle.held_by(pictures, Settings(image_size=40, style_size=rows)) for rows in (100, 8000))
+    assert small == deepstyle.held_by(pictures, Settings(image_size=40))
+    assert large - small == pytest.approx(27 * 8000**2, rel=0.01)
+
+
 def test_the_network_has_to_fit_on_the_gpu_and_only_the_rest_here(monkeypatch):
     size = (1500, 1500)
     have(monkeypatch, 3, gpu=80)

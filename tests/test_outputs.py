@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import SMALL, smooth_picture
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import deepstyle
 from deepstyle import Pictures, Settings
@@ -89,6 +90,17 @@ def test_the_command_has_the_plan_that_was_made_and_not_the_memory_it_was_made_f
     made = deepstyle.how_it_is_made(arguments, Settings(max_memory=3), plan)
     command = command_again(json.loads(json.dumps(made)), dataclasses.asdict(Settings()))
     assert command.endswith(" out --history 7 --tile 512 --allow_large")
+    made = deepstyle.how_it_is_made(arguments, Settings(min_improvement=5.0), plan)
+    assert "min_improvement" not in command_again(made, dataclasses.asdict(Settings()))  # it made no picture
+
+
+def test_a_picture_that_says_something_else_is_one_line(tmp_path, capsys):
+    text = PngInfo()
+    text.add_itxt("Software", "deepstyle")
+    text.add_itxt("deepstyle", "{}")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=text)
+    assert deepstyle.main(["--describe", str(tmp_path / "a.png")]) == 2
+    assert "does not say how it was made, or not all of it" in capsys.readouterr().err
 
 
 def test_a_picture_of_a_resumed_run_does_not_claim_that_its_command_makes_it_again(picture_files, tmp_path, capsys):

@@ -138,6 +138,14 @@ def test_picture_is_looked_for_as_given_and_then_in_images(clone, tmp_path):
     assert out == f"ran: {clone}/deepstyle.py shipped.jpg none.jpg out dir/\n"
 
 
+@pytest.mark.parametrize(("arguments", "said"), [(("a.jpg", "b.jpg", ""), "OUTDIR is empty"), (("", "b.jpg"), "")])
+def test_an_empty_argument_stands_for_no_folder(clone, arguments, said):
+    status, out, err, _ = run(clone, *arguments)
+    assert said in err
+    assert f"{clone}/images/ " not in out
+    assert (status, out) == (2, "") if said else out.startswith(f"ran: {clone}/deepstyle.py  b.jpg")
+
+
 def test_the_content_may_be_a_folder_of_photos(clone, tmp_path):
     (tmp_path / "my photos").mkdir()
     (tmp_path / "my photos").joinpath("a.jpg").touch()
