@@ -98,7 +98,8 @@ def setting(default: Any, group: str, placeholder: str, help: str, shapes: bool 
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# When to end, and how to compute; the weights, and pictures on a background, are known by their digests.
+# What may be another when a run is gone on with: when to end, and how to compute. The weights, and pictures on a
+# background, are known by their digests.
 steering = functools.partial(setting, shapes=False)
 
 
@@ -130,26 +131,16 @@ class Settings:
     model: str = setting("vgg16", "the network", "MODEL", "vgg16 or vgg19")
     pool_type: str = setting("ave", "the network", "TYPE", "pooling: ave or max")
     padding: str = setting("zeros", "the network", "HOW", "beyond the border: zeros, or the edge's own values")
-    weights: str | None = setting(
-        None, "the network", "FILE", "a file, or random; else they are found or fetched", shapes=False
-    )
-    num_iter: int = setting(
-        10, "the optimisation", "N", f"iterations of {EVALUATIONS_PER_ITERATION} evaluations", shapes=False
-    )
+    weights: str | None = steering(None, "the network", "FILE", "a file, or random; else they are found or fetched")
+    num_iter: int = steering(10, "the optimisation", "N", f"iterations of {EVALUATIONS_PER_ITERATION} evaluations")
     scales: int = setting(1, "the optimisation", "N", "paint in N sizes, each twice the one before")
     coarse_iter: tuple[int, ...] = setting((5,), "the optimisation", "N", "iterations at each size but the last")
-    min_improvement: float = setting(
-        0.0, "the optimisation", "PERCENT", "stop when an iteration brings less", shapes=False
-    )
+    min_improvement: float = steering(0.0, "the optimisation", "PERCENT", "stop when an iteration brings less")
     seed: int = setting(0, "the optimisation", "N", "for everything random")
     optimizer: str = steering("scipy", "the optimisation", "WHOSE", "scipy's L-BFGS-B, or one on the device")
     history: int = steering(10, "the optimisation", "N", "corrections that L-BFGS keeps")
-    tile: str = setting(
-        "auto", "the optimisation", "auto|off|N", "compute in tiles of at most N x N pixels", shapes=False
-    )
-    max_memory: float = setting(
-        0.0, "the optimisation", "GB", "use no more than this; 0: all that is free", shapes=False
-    )
+    tile: str = steering("auto", "the optimisation", "auto|off|N", "compute in tiles of at most N x N pixels")
+    max_memory: float = steering(0.0, "the optimisation", "GB", "use no more than this; 0: all that is free")
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)  # a frozen dataclass has no other way
