@@ -89,14 +89,15 @@ def plan_memory(
         held_then = held * math.prod(smaller) / math.prod(size)
         return not way_that_fits(smaller, settings, free - held_then, gpu_free, workers)
 
-    if settings.optimizer == "scipy" and corrections_of_scipy(size) < min(settings.history, FEW_CORRECTIONS):
-        raise UserError(
-            f"{size[0]} x {size[1]} pixels are too many for SciPy's L-BFGS-B; --optimizer device has no such limit"
-        )
     largest = bisect.bisect(range(1, size[0]), False, key=too_large)
     tile = SMALL_TILE if settings.tile == "auto" else given_tile(settings)
     fewest = min(settings.history, FEW_CORRECTIONS)
     needed = held + sum(needed_by_all(workers, bool(gpu_free), size, tile, fewest, settings))
+    if needed <= free and settings.optimizer == "scipy" and corrections_of_scipy(size) < fewest:
+        raise UserError(
+            f"{size[0]} x {size[1]} pixels are too many for SciPy's L-BFGS-B, enough for --image_size {largest}; "
+            "--optimizer device has no such limit"
+        )
     raise UserError(
         f"{size[0]} x {size[1]} pixels need {needed / 1e9:.1f} GB of memory "
         f"{'or more' if settings.tile == 'auto' else '(--tile auto may need less)'}, {free / 1e9:.1f} GB are free"

@@ -254,7 +254,9 @@ def test_a_run_that_ends_in_a_coarse_size_goes_on_there(picture_files, tmp_path,
 
 def test_a_hangup_saves_what_there_is_unless_it_is_ignored(picture_files, tmp_path):
     prefix = tmp_path / "a"
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may run the tests, and what ignores it is inherited
     run = start(picture_files, prefix, *ENDLESS)
+    signal.signal(signal.SIGHUP, before)
     wait_for(picture(prefix, 1), run)
     run.send_signal(signal.SIGHUP)
     run.communicate(timeout=30)
