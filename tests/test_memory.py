@@ -238,7 +238,7 @@ def test_scipys_lbfgs_gets_no_more_than_it_can_count(monkeypatch):
         n, m = 3 * size[0] * size[1], history
         assert 2 * m * n + 5 * n + 11 * m**2 + 8 * m < 2**31
         assert deepstyle.plan_memory(size, Settings(optimizer="device")).history == 10
-    with pytest.raises(deepstyle.UserError, match="too many for SciPy's L-BFGS-B; --optimizer device"):
+    with pytest.raises(deepstyle.UserError, match="too many for SciPy's L-BFGS-B, enough for --image_size"):
         deepstyle.plan_memory((8192, 8192), Settings())
     assert deepstyle.plan_memory((8192, 8192), Settings(optimizer="device")).history == 10
 
