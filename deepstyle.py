@@ -38,7 +38,15 @@ try:
     from deepstyle_support.files import Outputs, base_path
     from deepstyle_support.folder import Batch, Photo, arguments_for, folders_in, photos_in, printable
     from deepstyle_support.lbfgs import Curvature, device_lbfgs, kept_bytes
-    from deepstyle_support.memory import SMALLEST, Plan, free_memory, held_beside, plan_memory, smaller_tile
+    from deepstyle_support.memory import (
+        MOST_CORRECTIONS,
+        SMALLEST,
+        Plan,
+        free_memory,
+        held_beside,
+        plan_memory,
+        smaller_tile,
+    )
     from deepstyle_support.messages import Stream, UserError, in_words, require_choice, say, tell, words
     from deepstyle_support.pictures import (
         MEAN_BGR,
@@ -81,8 +89,7 @@ __version__ = "0.2.0"
 STYLE_LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv4_1", "conv5_1")
 ON_OFF = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 EVALUATIONS_PER_ITERATION = 20
-# Where more is a mistake in typing: a side of a picture, and corrections, of which some dozens are of use.
-MOST = {"image_size": 10**9, "style_size": 10**9, "history": 1000}
+MOST = {"image_size": 10**9, "style_size": 10**9, "history": MOST_CORRECTIONS}  # more is a mistake in typing
 Tensor = Any  # one of the backend's, or an array where it takes one
 
 
@@ -1149,7 +1156,7 @@ def iterations_at(
             reached = State(
                 as_array(accepted.x), np.array(losses), state.shaped_by, accepted.count, partial, learnt=accepted.learnt
             )
-            improvement = 100 * (before - row[0]) / before if before else 0.0
+            improvement = improvement_of(before, row[0])
             yield Iteration(
                 number=number,
                 picture=(nothing := np.empty((0, 0, 3), np.uint8)),
@@ -1255,6 +1262,11 @@ def carried_over(x: np.ndarray, size: tuple[int, int], pictures: Pictures, setti
 def loss_row(evaluation: Evaluation) -> list[float]:
     """The loss and its three parts."""
     return [evaluation.sum_of(kind) for kind in ("", "content", "style", "total variation")]
+
+
+def improvement_of(before: float, loss: float) -> float:
+    """What an iteration brought, in percent of the loss before."""
+    return 100 * (before - loss) / before if before else 0.0
 
 
 def is_enough(number: int, improvement: float, settings: Settings) -> bool:
@@ -1377,11 +1389,10 @@ def why_nothing_to_do(state: State, settings: Settings) -> str:
     """Why a run that goes on from this state, of full size, has nothing left to do, in words; empty if it has."""
     if state.iteration >= settings.num_iter:
         return f"{state.iteration} iterations are done; a larger --num_iter goes on from there"
-    if not state.partial and state.iteration > 1:
-        before, loss = state.losses[-2:, 0]
-        if is_enough(state.iteration, 100 * (before - loss) / before if before else 0.0, settings):
-            least = f"the last iteration improved by less than {settings.min_improvement} %"
-            return f"{least}; a smaller --min_improvement goes on from there"
+    ended = state.iteration and not state.partial
+    if ended and is_enough(state.iteration, improvement_of(*state.losses[-2:, 0]), settings):
+        least = f"the last iteration improved by less than {settings.min_improvement} %"
+        return f"{least}; a smaller --min_improvement goes on from there"
     return ""
 
 

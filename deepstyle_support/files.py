@@ -97,12 +97,13 @@ class Outputs:
         if self.every < 1:
             raise UserError(f"--every is {self.every}; it must be 1 or more")
         self._check_extras()
+        extras, before = [extra.resolve() for extra in self.extras], self._extras_before()
         for given in inputs:
             if self.owns(Path(given).resolve()):
                 raise UserError(f"'{given}' is an input, and a run with this PREFIX would write there; choose another")
-            if Path(given).resolve() in [extra.resolve() for extra in self.extras]:
+            if Path(given).resolve() in extras:
                 raise UserError(f"'{given}' is an input, and would be written over; choose another name")
-            if Path(given).resolve() in self._extras_before():
+            if Path(given).resolve() in before:
                 raise UserError(f"'{given}' is an input, and an earlier run wrote it; choose another PREFIX")
         for path in (*self.extras, self.base):
             folder = path.parent.resolve()

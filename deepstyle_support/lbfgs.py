@@ -1,4 +1,4 @@
-"""L-BFGS where the network computes: its vectors are the backend's float32 tensors, and none of them visits the host.
+"""L-BFGS where the network computes: its vectors are the backend's float32 tensors, and stay where they are.
 
 It is algorithms 7.4 and 7.5 of Nocedal & Wright, Numerical Optimization, 2nd ed. 2006. The two-loop recursion is done
 on coefficients, as in Chen, Wang & Zhou, "Large-scale L-BFGS using MapReduce", 2014: all that it computes are sums of
@@ -129,7 +129,7 @@ def device_lbfgs(
 
     start: (H, W, 3), where learnt() may be known already. When a line search finds nothing better, as noise in
     float32 can make it, all that was learnt is forgotten, and it goes on from where it is. It ends by itself only when
-    that has brought nothing twice in a row.
+    two line searches in a row have found nothing.
     """
     x, fruitless = import_keras().ops.convert_to_tensor(start, "float32"), 0
     curvature = (learnt() or Curvature()).newest(history)

@@ -19,7 +19,7 @@ from .vgg import CHANNELS, halo, stride
 SMALLEST = 32  # rows and columns of a picture that is computed: conv5 then has 2 x 2 positions
 LARGE_TILE = 512  # pixels: at 1024 x 1024 tiles of this size take 2 times as long as the whole, tiles of 128 6 times
 SMALL_TILE = 128
-FEW_CORRECTIONS = 5
+FEW_CORRECTIONS, MOST_CORRECTIONS = 5, 1000  # of which some dozens are of use
 # Beyond 2 m for m corrections, so that the plan is no less than the peaks measured: at 4096 x 4096 in tiles of 512 that
 # would be 8, at 6048 x 8064 in tiles of 576 10.3.
 DEVICE_VECTORS = 11
@@ -178,10 +178,10 @@ def bytes_per_correction(size: tuple[int, int], optimizer: str) -> int:
 def corrections_of_scipy(size: tuple[int, int]) -> int:
     """The most that SciPy's L-BFGS-B can keep: it counts its 2 m n + 5 n + 11 m^2 + 8 m numbers in 32 bits.
 
-    n: the numbers of the picture, m: the corrections, up to 1000. With more of them it ends the process.
+    n: the numbers of the picture, m: the corrections. With more of them it ends the process.
     """
-    n = 3 * math.prod(size)
-    return (2**31 - 1 - 5 * n - 11 * 1000**2 - 8 * 1000) // (2 * n)
+    n, m = 3 * math.prod(size), MOST_CORRECTIONS
+    return (2**31 - 1 - 5 * n - 11 * m**2 - 8 * m) // (2 * n)
 
 
 def network_of(settings: Wishes) -> tuple[str, tuple[str, ...], str, str]:

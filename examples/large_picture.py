@@ -35,7 +35,7 @@ from deepstyle_support.weights import Weights  # noqa: E402
 
 DEATHS = 3  # of workers one after another, for each that there is to be, without a tile that is computed in between
 AHEAD = 2  # tiles a worker: how far those that are computed may be before the one that is to be added next
-PATIENCE = 120  # seconds to wait for a worker if there is no other; to load a backend takes 5 to 60
+PATIENCE = 300  # seconds to wait for a worker if there is no other; to load a backend takes 5 to 60
 
 
 class Worker:
@@ -226,9 +226,10 @@ def threads_each(workers: int, machines: list[dict[str, float]]) -> int:
 
 def environment(threads: int) -> dict[str, str]:
     """What a worker's process finds in its environment, on any machine: its modules, backend and threads."""
+    own = [os.environ.get("PYTHONPATH")]  # an empty part would stand for the folder that the worker is in
     names = "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS", "NPROC"  # NPROC is JAX's
     return {
-        "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER / "examples"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER / "examples"), *filter(None, own)]),
         "KERAS_BACKEND": backend(),
         **dict.fromkeys(names, str(threads)),
     }
