@@ -7,6 +7,7 @@ For each of TensorFlow, JAX and PyTorch that is installed, each measurement in a
 
 - exact: the error of the loss and of the gradient's slope in three directions against the tests' float64 NumPy oracle,
   in full float32 as deepstyle computes and with TF32, and how far the two gradients differ;
+- tf32, with rows: how much of an evaluation's seconds it takes with TF32;
 - size, with rows, tile (0: as a whole) and optimiser: seconds of an evaluation, the optimiser's share of them, and the
   peak of memory on the GPU and here, beside what is planned; at the first size also of two runs that share the GPU.
 
@@ -41,7 +42,7 @@ from deepstyle_support.memory import needed_memory  # noqa: E402
 from deepstyle_support.pictures import resize  # noqa: E402
 from deepstyle_support.weights import Weights, load_weights  # noqa: E402
 
-EVALUATIONS = 6  # the first of them compiles
+EVALUATIONS = 12  # the first of them compile
 
 
 def pictures(rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,6 +102,25 @@ def exact(weights: Weights) -> dict[str, Any]:
     return {"device": device, "errors": full, "errors_tf32": tf32, "gradient_difference_tf32": float(difference)}
 
 
+def tf32(weights: Weights, rows: int) -> dict[str, Any]:
+    """Seconds of an evaluation of the whole picture, as deepstyle computes and with TF32."""
+    content, style = pictures(rows)
+    x = import_keras().ops.convert_to_tensor(deepstyle.to_input_space(content))
+    objective = deepstyle.Objective(content, style, weights=weights)
+
+    def seconds() -> float:
+        took: list[float] = []
+        evaluate = timed(objective.evaluate, took)
+        for _ in range(EVALUATIONS):
+            evaluate(x)
+        return statistics.median(took[1:])
+
+    in_full = seconds()
+    with_tf32()
+    deepstyle.compiled.cache_clear()
+    return {"seconds": in_full, "seconds_tf32": seconds()}
+
+
 def peak_on_gpu() -> float:
     """Bytes that the backend's allocator had in use at most; 0 where it does not say."""
     backend = import_keras().backend.backend()
@@ -146,19 +166,20 @@ def size(weights: Weights, rows: int, tile: int, optimiser: str) -> dict[str, An
     def on_evaluation(at: tuple[int, int], count: int, evaluation: deepstyle.Evaluation) -> None:
         ends.append((time.perf_counter(), sum(inside)))
 
-    plan = deepstyle.Plan(tile or None, EVALUATIONS, 0, 0)
+    plan = deepstyle.Plan(tile or None, settings.history, 0, 0)
     shown = deepstyle.Pictures(content, (style,))
     stop = lambda: len(ends) >= EVALUATIONS  # noqa: E731
     list(deepstyle.paint(shown, settings, weights, plan, None, on_evaluation, stop, smaller.append))
     whole, network = (
         [later[which] - earlier[which] for earlier, later in itertools.pairwise(ends)] for which in (0, 1)
     )
-    needed = needed_memory((rows, content.shape[1]), tile or None, EVALUATIONS, optimizer=optimiser)
+    needed = needed_memory(content.shape[:2], tile or None, settings.history, optimizer=optimiser)
     here, on_gpu = needed.shared(bool(before.total), optimiser)
     return {
         "seconds": statistics.median(whole),
         "until_first": ends[0][0] - began,
-        "optimiser_share": max(0.0, 1 - sum(network) / sum(whole)),
+        # By medians: in the first steps the optimiser's own parts are compiled.
+        "optimiser_share": max(0.0, 1 - statistics.median(network) / statistics.median(whole)),
         "gpu_free": before.free,
         "gpu_peak": peak_on_gpu(),
         "gpu_planned": on_gpu,
@@ -214,11 +235,14 @@ def show(row: dict[str, Any]) -> None:
             f"{row['device']}: errors of the loss {loss:.1e}, of slopes {slope:.1e}; with TF32 {loss_tf32:.1e}, "
             f"{slope_tf32:.1e}, and the gradient differs by {row['gradient_difference_tf32']:.1e}"
         )
+    elif row["asked"][0] == "tf32":
+        in_full, rounded = row["seconds"], row["seconds_tf32"]
+        said = f"{in_full:.4f} s an evaluation, with TF32 {rounded:.4f} s: {rounded / in_full:.2f} of it"
     else:
         share = f", optimiser {row['optimiser_share']:.0%}"
         gigabytes = {name: row[name] / 1e9 for name in ("gpu_peak", "gpu_planned", "gpu_free", "peak", "planned")}
         said = (
-            f"{row['seconds']:.3f} s an evaluation{share}, the first after {row['until_first']:.1f} s; "
+            f"{row['seconds']:.4f} s an evaluation{share}, the first after {row['until_first']:.1f} s; "
             "GB at the peak (planned): GPU {gpu_peak:.2f} ({gpu_planned:.2f}) of {gpu_free:.1f}, "
             "here {peak:.2f} ({planned:.2f})".format(**gigabytes)
         )
@@ -230,7 +254,12 @@ def measure(asked: list[str], weights: str) -> dict[str, Any]:
     """What one process does."""
     tensors, source = load_weights(weights)
     kind, *given = asked
-    found = exact(tensors) if kind == "exact" else size(tensors, int(given[0]), int(given[1]), given[2])
+    if kind == "exact":
+        found = exact(tensors)
+    elif kind == "tf32":
+        found = tf32(tensors, int(given[0]))
+    else:
+        found = size(tensors, int(given[0]), int(given[1]), given[2])
     return found | {"weights": source}
 
 
@@ -256,6 +285,8 @@ def main() -> int:
         tiles = [0, arguments.tile] if arguments.tile < rows * 4 // 3 else [0]
         for backend, tile, optimiser in itertools.product(there, tiles, ("scipy", "device")):
             jobs.run(backend, "size", rows, tile, optimiser)
+        for backend in there:
+            jobs.run(backend, "tf32", rows)
         if rows == arguments.rows[0]:
             for backend in there:
                 jobs.run(backend, "size", rows, 0, "scipy", at_once=2)

@@ -23,6 +23,7 @@ FEW_CORRECTIONS, MOST_CORRECTIONS = 5, 1000  # of which some dozens are of use
 # Beyond 2 m for m corrections, so that the plan is no less than the peaks measured: at 4096 x 4096 in tiles of 512 that
 # would be 8, at 6048 x 8064 in tiles of 576 10.3.
 DEVICE_VECTORS = 11
+CUDA = 800e6  # bytes that its libraries take here beside the GPU's; measured with PyTorch on an H200: 700 to 800 MB
 WORKER = 800e6  # bytes of a process that computes tiles for this one, before it computes
 RAY = 400e6  # of Ray's own processes
 
@@ -198,8 +199,10 @@ class Needed(NamedTuple):
 
     def shared(self, gpu: bool, optimizer: str) -> tuple[float, float]:
         """What of it is in main memory, and what on the GPU if there is one."""
-        on_gpu = self.computing + (self.vectors if optimizer == "device" else 0) if gpu else 0.0
-        return sum(self) - on_gpu, on_gpu
+        if not gpu:
+            return sum(self), 0.0
+        on_gpu = self.computing + (self.vectors if optimizer == "device" else 0)
+        return sum(self) - on_gpu + CUDA, on_gpu
 
 
 def needed_memory(
