@@ -93,7 +93,9 @@ def plan_memory(
     largest = bisect.bisect(range(1, size[0]), False, key=too_large)
     tile = SMALL_TILE if settings.tile == "auto" else given_tile(settings)
     fewest = min(settings.history, FEW_CORRECTIONS)
-    needed = held + sum(needed_by_all(workers, bool(gpu_free), size, tile, fewest, settings))
+    all_needed = needed_by_all(workers, bool(gpu_free), size, tile, fewest, settings)
+    here, on_gpu = all_needed.shared(bool(gpu_free), settings.optimizer)
+    needed = held + here
     if needed <= free and settings.optimizer == "scipy" and corrections_of_scipy(size) < fewest:
         raise UserError(
             f"{size[0]} x {size[1]} pixels are too many for SciPy's L-BFGS-B, enough for --image_size {largest}; "
@@ -102,7 +104,7 @@ def plan_memory(
     raise UserError(
         f"{size[0]} x {size[1]} pixels need {needed / 1e9:.1f} GB of memory "
         f"{'or more' if settings.tile == 'auto' else '(--tile auto may need less)'}, {free / 1e9:.1f} GB are free"
-        f"{f', {gpu_free / 1e9:.1f} GB on the GPU' if gpu_free else ''}, "
+        f"{f'; on the GPU {on_gpu / 1e9:.1f} GB, {gpu_free / 1e9:.1f} GB are free' if gpu_free else ''}, "
         f"{f'enough for --image_size {largest}' if largest >= SMALLEST else 'too little for any'}"
     )
 

@@ -267,6 +267,25 @@ def test_coarse_iter_is_one_number_for_all_coarse_sizes_or_one_for_each():
         Settings(scales=2, coarse_iter=0)
 
 
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_at_half_the_rows_the_content_counts_4_times_as_much_in_the_mean(untrained, kind):
+    pictures = deepstyle.Pictures(smooth_picture(1, 64, 80), (smooth_picture(2, 40, 32),))
+    settings = Settings(image_size=64, scales=2, content_loss_type=kind, tile="off")
+    x = smooth_picture(3, 32, 40) - deepstyle.MEAN_BGR
+    coarse = deepstyle.objective_at((32, 40), pictures, settings, untrained, None).evaluate(x).parts
+    alone = deepstyle.Objective(
+        deepstyle.resize(pictures.content, (32, 40)),
+        deepstyle.resize(pictures.styles[0], (32, 40)),
+        weights=untrained,
+        content_loss_type=kind,
+    )
+    # A fourth of the positions; but the factor of type 1 holds the root of their number, and that of type 2 the number.
+    as_the_sum_in_full_size = {0: 4, 1: 2, 2: 1}[kind]
+    for name, value in alone.evaluate(x).parts.items():
+        times = 4 * as_the_sum_in_full_size if name.startswith("content") else 1
+        assert coarse[name] == pytest.approx(times * value, rel=1e-5)
+
+
 def test_each_size_starts_from_the_coarser_result(untrained):
     (_, plain), (_, scaled) = (watched_run(untrained, scales=scales) for scales in (1, 2))
     assert plain[0][0] == (64, 80)
