@@ -1,7 +1,7 @@
 """This program against the old way and against PyTorch: time to the same loss, as ratios, and a plot.
 
 usage: python benchmarks/race.py [CONTENT STYLE] [--rows 200] [--num_iter 10] [--only NAME ...] [--until_plain]
-                                 [--json FILE] [--plot FILE.png]
+                                 [--json FILE] [--plot FILE.png] [--pictures FOLDER]
 
 All contestants run one after another on the same pictures, weights and loss, each in a process of its own:
 
@@ -14,6 +14,7 @@ All contestants run one after another on the same pictures, weights and loss, ea
 With --until_plain ours end as soon as they have the loss of the first, the plain one; with --only some take part, by
 the names above or as `deepstyle` with flags. The clock starts when a contestant has its libraries and weights, and runs
 through its targets and compilation. A loss counts if it is that of the picture at full size. The plot needs matplotlib.
+With --pictures ours leave the picture that they ended with.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
@@ -57,8 +59,10 @@ class Course:
         self.points.append((time.perf_counter() - self.began, float(loss)))
 
 
-def run_deepstyle(paths: list[str], rows: int, num_iter: int, goal: float = -math.inf, **flags: Any) -> list:
-    """The course until its loss is at most `goal`."""
+def run_deepstyle(
+    paths: list[str], rows: int, num_iter: int, goal: float = -math.inf, saved: Path | None = None, **flags: Any
+) -> list:
+    """The course until its loss is at most `goal`; the last picture is saved, if there is a file to save it in."""
     settings = deepstyle.Settings(image_size=rows, num_iter=num_iter, tile="off", **flags)
     content, style = (deepstyle.read_picture(path)[0] for path in paths)
     weights, _ = deepstyle.load_weights()
@@ -74,8 +78,9 @@ def run_deepstyle(paths: list[str], rows: int, num_iter: int, goal: float = -mat
         return bool(course.points) and course.points[-1][1] <= goal
 
     pictures = deepstyle.Pictures(content, (style,))
-    for _ in deepstyle.paint(pictures, settings, weights, on_evaluation=on_evaluation, stop=stop):
-        pass
+    for iteration in deepstyle.paint(pictures, settings, weights, on_evaluation=on_evaluation, stop=stop):
+        if saved:
+            Image.fromarray(iteration.picture).save(saved)
     return course.points
 
 
@@ -215,6 +220,7 @@ FLAGS: list[dict[str, Any]] = [
     {"init_image": "recolored"},
     {"scales": 3, "init_image": "recolored"},
     {"optimizer": "device"},
+    {"scales": 3, "coarse_iter": 3, "optimizer": "device", "history": 50},
 ]
 OURS: dict[str, Callable] = {flags_in_words(flags): functools.partial(run_deepstyle, **flags) for flags in FLAGS}
 CONTESTANTS: dict[str, Callable] = {
@@ -271,31 +277,37 @@ def compare(courses: dict, evaluations: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     images = [str(FOLDER / "images" / name) for name in ("rocket.jpg", "composition_viii.jpg")]
-    parser.add_argument("pictures", nargs="*", default=images, metavar="CONTENT STYLE")
+    parser.add_argument("pair", nargs="*", default=images, metavar="CONTENT STYLE")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--num_iter", type=int, default=10)
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=[*CONTESTANTS], metavar="NAME")
     parser.add_argument("--until_plain", action="store_true")
     parser.add_argument("--json", default="race.json")
     parser.add_argument("--plot", default="race.png")
+    parser.add_argument("--pictures", type=Path)
     parser.add_argument("--one", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--goal", type=float, default=-math.inf, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if len(arguments.pictures) != 2:
+    if len(arguments.pair) != 2:
         parser.error("give one content and one style, or neither")
     if arguments.one:
-        goal = {"goal": arguments.goal} if arguments.one in OURS else {}
-        given = arguments.pictures, arguments.rows, arguments.num_iter
-        return print(json.dumps(CONTESTANTS[arguments.one](*given, **goal)))
+        ours: dict[str, Any] = {"goal": arguments.goal}
+        if arguments.pictures:
+            ours["saved"] = arguments.pictures / f"{arguments.one.replace(' ', '_')}.png"
+        given = arguments.pair, arguments.rows, arguments.num_iter
+        return print(json.dumps(CONTESTANTS[arguments.one](*given, **(ours if arguments.one in OURS else {}))))
     courses: dict[str, list] = {}
     for name in arguments.only:
         if name.startswith("PyTorch") and not importlib.util.find_spec("torch"):
             print(f"torch is not installed: {name} does not take part")
             continue
-        command = [sys.executable, __file__, *arguments.pictures, "--one", name, "--rows", str(arguments.rows)]
+        command = [sys.executable, __file__, *arguments.pair, "--one", name, "--rows", str(arguments.rows)]
         command += ["--num_iter", str(arguments.num_iter)]
         if arguments.until_plain and (plain := courses.get("deepstyle")):
             command += [f"--goal={best_so_far(plain)[-1][1]}"]
+        if arguments.pictures:
+            arguments.pictures.mkdir(parents=True, exist_ok=True)
+            command += ["--pictures", str(arguments.pictures)]
         said = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
         courses[name] = json.loads(said.splitlines()[-1])
         print(f"{name}: {seconds_per_evaluation(courses[name]):.3f} s an evaluation, {len(courses[name])} of them")
