@@ -220,7 +220,7 @@ FLAGS: list[dict[str, Any]] = [
     {"init_image": "recolored"},
     {"scales": 3, "init_image": "recolored"},
     {"optimizer": "device"},
-    {"scales": 3, "coarse_iter": 3, "optimizer": "device", "history": 50},
+    {"scales": 3, "coarse_iter": 3, "optimizer": "device", "history": 30},
 ]
 OURS: dict[str, Callable] = {flags_in_words(flags): functools.partial(run_deepstyle, **flags) for flags in FLAGS}
 CONTESTANTS: dict[str, Callable] = {
