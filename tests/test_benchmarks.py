@@ -28,12 +28,13 @@ def test_the_check_of_a_gpu_says_what_there_was_no_time_for(tmp_path):
     assert found["left_out"][:2] == ["tensorflow exact", "tensorflow size 32 0 scipy"]
 
 
-@pytest.mark.endurance  # four processes that load TensorFlow and compile
+@pytest.mark.endurance  # six processes that load TensorFlow and compile
 def test_the_check_of_a_gpu_agrees_with_the_oracle(tmp_path):
     found = check(tmp_path, "--minutes", "9")
     assert found["left_out"] == []
     exact, *sizes = found["rows"]
     assert max(exact["errors"]) < 1e-4
-    assert {tuple(row["asked"][:3]) for row in sizes} == {("size", 32, 0)}
+    assert {tuple(row["asked"][:3]) for row in sizes} == {("size", 32, 0), ("tf32", 32)}
+    assert sum("seconds_tf32" in row for row in sizes) == 1
     assert sum(row["at_once"] == 2 for row in sizes) == 2
     assert all(row["seconds"] > 0 for row in sizes)
