@@ -96,8 +96,9 @@ def compute_in_full_with_torch() -> None:
         torch.backends.cudnn.allow_tf32 = False
     if hasattr(torch.backends, "fp32_precision"):
         # Each by its name: what is set above them does not reach cudnn.conv.
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        backends: Any = torch.backends  # whose types do not tell of cudnn.conv
+        backends.cuda.matmul.fp32_precision = "ieee"
+        backends.cudnn.conv.fp32_precision = "ieee"
 
 
 def out_of_memory(error: BaseException) -> bool:
