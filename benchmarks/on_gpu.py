@@ -54,7 +54,8 @@ def pictures(rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def with_tf32() -> None:
-    """Let the backend round to TF32, which deepstyle forbids."""
+    """Let the backend round to TF32, which deepstyle forbids, in all that is compiled from now on."""
+    deepstyle.compiled.cache_clear()
     backend = import_keras().backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
@@ -95,7 +96,6 @@ def exact(weights: Weights) -> dict[str, Any]:
     in_full = deepstyle.Objective(content, style, weights=weights)(x)
     device = describe_device()
     with_tf32()
-    deepstyle.compiled.cache_clear()
     rounded = deepstyle.Objective(content, style, weights=weights)(x)
     difference = np.linalg.norm(rounded[1] - in_full[1]) / np.linalg.norm(in_full[1])
     full, tf32 = errors(*in_full), errors(*rounded)
@@ -117,7 +117,6 @@ def tf32(weights: Weights, rows: int) -> dict[str, Any]:
 
     in_full = seconds()
     with_tf32()
-    deepstyle.compiled.cache_clear()
     return {"seconds": in_full, "seconds_tf32": seconds()}
 
 

@@ -296,6 +296,8 @@ def main() -> None:
             ours["saved"] = arguments.pictures / f"{arguments.one.replace(' ', '_')}.png"
         given = arguments.pair, arguments.rows, arguments.num_iter
         return print(json.dumps(CONTESTANTS[arguments.one](*given, **(ours if arguments.one in OURS else {}))))
+    if arguments.pictures:
+        arguments.pictures.mkdir(parents=True, exist_ok=True)
     courses: dict[str, list] = {}
     for name in arguments.only:
         if name.startswith("PyTorch") and not importlib.util.find_spec("torch"):
@@ -306,7 +308,6 @@ def main() -> None:
         if arguments.until_plain and (plain := courses.get("deepstyle")):
             command += [f"--goal={best_so_far(plain)[-1][1]}"]
         if arguments.pictures:
-            arguments.pictures.mkdir(parents=True, exist_ok=True)
             command += ["--pictures", str(arguments.pictures)]
         said = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
         courses[name] = json.loads(said.splitlines()[-1])
