@@ -1232,7 +1232,8 @@ def content_weight_at(size: tuple[int, int], full: tuple[int, int], settings: Se
     with this one, and 164 with 16 times as much for each halving.
     """
     times = math.prod(full) / math.prod(size)
-    return settings.content_weight * times ** (2 - settings.content_loss_type / 2)  # types have the positions in them
+    weight = settings.content_weight * times ** (2 - settings.content_loss_type / 2)  # types have the positions in them
+    return min(weight, sys.float_info.max)  # of an absurd weight the loss is what is told to be no longer finite
 
 
 def shown_at(size: tuple[int, int], pictures: Pictures, settings: Settings) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -286,6 +286,12 @@ def test_at_half_the_rows_the_content_counts_4_times_as_much_in_the_mean(untrain
         assert coarse[name] == pytest.approx(times * value, rel=1e-5)
 
 
+def test_an_absurd_content_weight_ends_a_coarse_size_as_it_does_the_full_one(untrained):
+    for scales in (1, 2):
+        with pytest.raises(deepstyle.UserError, match="the content conv5_2 loss is no longer finite; lower its weight"):
+            watched_run(untrained, scales=scales, content_weight=1e308, init_image="noise")
+
+
 def test_each_size_starts_from_the_coarser_result(untrained):
     (_, plain), (_, scaled) = (watched_run(untrained, scales=scales) for scales in (1, 2))
     assert plain[0][0] == (64, 80)
