@@ -1,6 +1,13 @@
-"""What several test files share: an untrained network, small pictures, and files of them."""
+"""What several test files share: a small network, small pictures, and files of them.
 
+Most of what is tested is the same whatever the network's width, and 99 % of the time goes into its width. So the tests
+paint with a network of a sixteenth of VGG's channels, in this process and in those that `forked` starts. What the width
+decides (genuine weights, memory, other backends, the processes that are started cold) asks for `full_network`.
+"""
+
+import contextlib
 import gc
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +17,56 @@ from PIL import Image
 
 import deepstyle
 from deepstyle_support.pictures import resize
+from deepstyle_support.vgg import CHANNELS
 from deepstyle_support.weights import random_weights
 
 IMAGES = Path(__file__).parent.parent / "images"
 SMALL = ["--weights", "random", "--image_size", "32", "--num_iter", "2"]
+FULL = {model: dict(layers) for model, layers in CHANNELS.items()}
+NARROW = {model: {name: width // 16 for name, width in layers.items()} for model, layers in FULL.items()}
+
+ONE_THREAD = dict.fromkeys(("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"), "1")
+
+
+def pytest_configure():
+    """One thread for each of the suite's workers, which share the cores; TensorFlow is not loaded yet."""
+    os.environ.update(ONE_THREAD)
+
+
+def use_network(widths):
+    """Let the program build networks of these widths, {model: {layer: channels}}."""
+    for model, layers in widths.items():
+        CHANNELS[model].update(layers)
+
+
+use_network(NARROW)
+
+
+def all_threads():
+    """The environment of a process that computes on all cores, as a person's does."""
+    return {name: value for name, value in os.environ.items() if name not in ONE_THREAD}
+
+
+def for_scripts(**environment):
+    """The environment of a script that imports the program and the tests."""
+    tests = Path(__file__).parent
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])} | environment
+
+
+@contextlib.contextmanager
+def full_width():
+    """VGG as it is, while this lasts."""
+    use_network(FULL)
+    try:
+        yield
+    finally:
+        use_network(NARROW)
+
+
+@pytest.fixture
+def full_network():
+    with full_width():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,44 @@
 #!/bin/sh
-# Runs the tests, two at a time, in the environment that run.sh makes; arguments are pytest's.
+# Checks style and types, then runs the tests, two at a time, in the environment that run.sh makes.
+# With arguments, which are pytest's, it runs those tests alone: 'sh tests/run.sh tests/test_losses.py'.
 # 'sh tests/run.sh endurance' runs the long ones alone, which are left out otherwise.
-set -eu
+set -u
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
-python=$(sh "$here/../run.sh" --setup)
-"$python" -c 'import hypothesis, imageio_ffmpeg, jax, mypy, pillow_heif, pytest, ray, ruff, selenium, tensorboard, xdist' 2>/dev/null ||
-    "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+python=$(sh "$here/../run.sh" --setup) || exit
+"$python" - "$here/requirements.txt" <<'END' >/dev/null 2>&1 ||
+import sys
+from importlib.metadata import version
+from packaging.requirements import Requirement
+for line in open(sys.argv[1]).read().splitlines():
+    requirement = Requirement(line)
+    if not requirement.marker or requirement.marker.evaluate():
+        assert requirement.specifier.contains(version(requirement.name))
+END
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt" || exit
 cd "$here/.."
 kind='not endurance'
-if [ "${1:-}" = endurance ]; then
-    kind=$1
-    shift
+checks=
+case ${1:-} in
+    '') checks=yes ;;
+    endurance)
+        kind=$1
+        shift
+        ;;
+esac
+passed=0 failed=0
+check() {
+    if "$python" -m "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+}
+if [ -n "$checks" ]; then
+    check ruff check --quiet .
+    check ruff format --check --quiet .
+    check mypy
 fi
-exec "$python" -m pytest -n 2 --dist worksteal --durations=10 -m "$kind" "$@"
+# Tests that share what is slow to start have a group, which one of the two runs.
+"$python" -m pytest -n 2 --dist loadgroup --durations=10 -m "$kind" "$@"
+status=$?
+if [ -n "$checks" ]; then
+    echo "checks: $passed passed, $failed failed"
+    [ $failed -eq 0 ] || exit 1
+fi
+exit $status

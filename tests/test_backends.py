@@ -8,62 +8,62 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import for_scripts
 
 import deepstyle
 
-FOLDER = Path(__file__).parent
-SCRIPT = FOLDER.parent / "deepstyle.py"
+SCRIPT = Path(deepstyle.__file__)
 EVALUATE = """
 import sys
 import numpy as np
 import deepstyle
+from conftest import FULL, use_network
 from deepstyle_support.weights import random_weights
 from test_objective import pictures
 
-for kind, pool_type, padding in (("ave", "ave", "zeros"), ("max", "max", "zeros"), ("edge", "ave", "edge")):
-    content, style, x = pictures(40, 230)
-    options = {"weights": random_weights(0), "pool_type": pool_type, "padding": padding}
-    for name, objective in (
-        ("whole", deepstyle.Objective(content, style, **options)),
-        ("tiled", deepstyle.Objective(content, style, tile=112, **options)),
-    ):
-        loss, gradient = objective(x)
-        np.savez(f"{sys.argv[1]}/{kind}_{name}.npz", loss=loss, gradient=gradient)
-    if kind == "ave":
-        for tile in ("off", "112"):
-            objective = deepstyle.Objective(content, style, tile=tile, **options)
-            points = deepstyle.minimise(objective, x, optimizer="device", history=3)
-            losses = [next(points).evaluation.loss for _ in range(2)]
-            np.savez(f"{sys.argv[1]}/device_{tile}.npz", losses=losses)
+folder, width, *cases = sys.argv[1:]
+if width == "full":
+    use_network(FULL)
+for case in cases:
+    kind, pool_type, padding, tile = case.split()
+    content, style, x = pictures(40, 224)
+    options = {"weights": random_weights(0), "pool_type": pool_type, "padding": padding, "tile": tile}
+    objective = deepstyle.Objective(content, style, **options)
+    loss, gradient = objective(x)
+    np.savez(f"{folder}/{case}.npz", loss=loss, gradient=gradient)
+    if kind == "device":
+        points = deepstyle.minimise(objective, x, optimizer="device", history=3)
+        losses = [next(points).evaluation.loss for _ in range(2)]
+        np.savez(f"{folder}/{case} losses.npz", losses=losses)
 """
-
-
-def environment(backend):
-    return os.environ | {"KERAS_BACKEND": backend, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(FOLDER)])}
-
-
-@pytest.fixture(scope="module")
-def with_tensorflow(tmp_path_factory):
-    """The folder of what EVALUATE saves."""
-    folder = tmp_path_factory.mktemp("tensorflow")
-    subprocess.run([sys.executable, "-c", EVALUATE, str(folder)], env=environment("tensorflow"), check=True)
-    return folder
+# What differs from one backend to the next: convolutions, their gradient at the border, pooling, and the optimiser's
+# vectors; what is compiled for one shape takes JAX three seconds, so most are tried among the endurance tests.
+SHORT = ["device ave zeros off", "loss ave edge off", "loss ave zeros 112"]
+LONG = [f"{kind} {tile}" for kind in ("device ave zeros", "loss max zeros", "loss ave edge") for tile in ("off", "112")]
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_loss_gradient_and_the_devices_optimiser_agree_across_backends(with_tensorflow, tmp_path, backend):
+@pytest.mark.parametrize(
+    ("width", "cases"), [("narrow", SHORT), pytest.param("full", LONG, marks=pytest.mark.endurance)]
+)
+def test_loss_gradient_and_the_devices_optimiser_agree_across_backends(tmp_path, backend, width, cases):
     if not importlib.util.find_spec(backend):
         pytest.skip(f"{backend} is not installed")
-    subprocess.run([sys.executable, "-c", EVALUATE, str(tmp_path)], env=environment(backend), check=True)
-    for name in ("ave_whole", "ave_tiled", "max_whole", "max_tiled", "edge_whole", "edge_tiled"):
-        expected, got = (np.load(folder / f"{name}.npz") for folder in (with_tensorflow, tmp_path))
+    for name in ("tensorflow", backend):
+        (tmp_path / name).mkdir()
+        command = [sys.executable, "-c", EVALUATE, str(tmp_path / name), width, *cases]
+        subprocess.run(command, env=for_scripts(KERAS_BACKEND=name), check=True)
+    for case in cases:
+        expected, got = (np.load(tmp_path / name / f"{case}.npz") for name in ("tensorflow", backend))
         assert got["loss"] == pytest.approx(float(expected["loss"]), rel=1e-5)
         difference = np.linalg.norm(got["gradient"] - expected["gradient"])
         assert difference <= 1e-5 * np.linalg.norm(expected["gradient"])
-    for tile in ("off", "112"):  # twenty evaluations of the device's optimiser
-        expected, got = (np.load(folder / f"device_{tile}.npz")["losses"] for folder in (with_tensorflow, tmp_path))
-        assert got[1] < got[0] / 2
-        np.testing.assert_allclose(got, expected, rtol=0.02)
+        if case.startswith("device"):  # twenty evaluations of the device's optimiser
+            expected, got = (
+                np.load(tmp_path / name / f"{case} losses.npz")["losses"] for name in ("tensorflow", backend)
+            )
+            assert got[1] < got[0] / 2
+            np.testing.assert_allclose(got, expected, rtol=0.02)
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
@@ -72,7 +72,7 @@ def test_the_command_runs_on_the_backend(picture_files, tmp_path, backend):
         pytest.skip(f"{backend} is not installed")
     command = [sys.executable, str(SCRIPT), *picture_files, str(tmp_path / "a"), "--weights", "random"]
     command += ["--image_size", "32", "--num_iter", "1", "--tile", "off"]
-    ended = subprocess.run(command, env=environment(backend), capture_output=True, text=True)
+    ended = subprocess.run(command, env=for_scripts(KERAS_BACKEND=backend), capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert f"with {backend}; RANDOM" in ended.stdout
     assert (tmp_path / "a_at_iteration_1.png").exists()
@@ -83,7 +83,7 @@ def test_a_backend_that_is_not_there_is_one_line(picture_files, tmp_path, backen
     if importlib.util.find_spec(backend):
         pytest.skip(f"{backend} is installed")
     command = [sys.executable, str(SCRIPT), *picture_files, str(tmp_path / "a"), "--weights", "random"]
-    ended = subprocess.run(command, env=environment(backend), capture_output=True, text=True)
+    ended = subprocess.run(command, env=for_scripts(KERAS_BACKEND=backend), capture_output=True, text=True)
     assert ended.returncode == 2
     assert len(ended.stderr.splitlines()) == 1
     assert "KERAS_BACKEND" in ended.stderr

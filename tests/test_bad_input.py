@@ -12,7 +12,7 @@ import zlib
 import h5py
 import numpy as np
 import pytest
-from conftest import SMALL, smooth_picture
+from conftest import SMALL, full_width, smooth_picture
 from PIL import Image
 
 import deepstyle
@@ -181,7 +181,7 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, untrained):
+def folder(tmp_path_factory):
     """The folder in which the rows are run."""
     folder = tmp_path_factory.mktemp("bad")
     good = Image.fromarray(smooth_picture(1, 48, 64))
@@ -204,8 +204,9 @@ def folder(tmp_path_factory, untrained):
     sizes["black"] = (30, 30)
     for name, size in sizes.items():
         Image.new("1", size).save(folder / f"{name}.png")
-    networks = {"other.h5": untrained, "small.h5": {"conv1_1": untrained["conv1_1"]}}
-    networks["other19.h5"] = random_weights(0, "vgg19")
+    with full_width():
+        untrained, untrained_19 = random_weights(0), random_weights(0, "vgg19")
+    networks = {"other.h5": untrained, "small.h5": {"conv1_1": untrained["conv1_1"]}, "other19.h5": untrained_19}
     networks["nan.h5"] = untrained | {"conv3_2": (untrained["conv3_2"][0], np.full(256, np.nan, np.float32))}
     for name, network in networks.items():
         with h5py.File(folder / name, "w") as file:

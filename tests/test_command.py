@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from conftest import SMALL
@@ -138,10 +139,8 @@ def test_terminal_gets_a_progress_bar(picture_files, tmp_path):
     import pty
 
     shell, terminal = pty.openpty()
-    command = [sys.executable, str(SCRIPT), *picture_files, str(tmp_path / "a"), *SMALL]
-    run = subprocess.Popen(
-        command, stdout=terminal, stderr=terminal, env={"TERM": "xterm", "COLUMNS": "100", "PATH": ""}
-    )
+    environment = {"TERM": "xterm", "COLUMNS": "100", "PATH": ""}
+    run = forked.start(*picture_files, tmp_path / "a", *SMALL, env=environment, terminal=terminal)
     shown = b""
     while run.poll() is None:
         time.sleep(0.1)

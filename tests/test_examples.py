@@ -15,7 +15,8 @@ sys.path.insert(0, str(IMAGES.parent / "examples"))
 import many_pictures
 
 
-def test_ray_paints_a_list_of_pictures_with_two_workers(picture_files, tmp_path):
+@pytest.mark.xdist_group("ray")
+def test_ray_paints_a_list_of_pictures_with_two_workers(full_network, picture_files, tmp_path):
     content, style = picture_files
     spaced = tmp_path / "a content.png"
     shutil.copy(content, spaced)

@@ -3,9 +3,8 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import pytest
 from conftest import SMALL, smooth_picture
@@ -322,8 +321,8 @@ def test_a_start_picture_is_known_by_its_digest_whatever_its_path(picture_files,
 
 @pytest.mark.parametrize("wrong", ["backend", "mask"])
 def test_what_is_wrong_is_said_before_an_earlier_run_is_touched(picture_files, tmp_path, wrong):
-    command = [sys.executable, deepstyle.__file__, *picture_files, str(tmp_path / "out" / "a"), *SMALL, "--quiet"]
-    subprocess.run(command, check=True)
+    command = [*picture_files, tmp_path / "out" / "a", *SMALL, "--quiet"]
+    assert deepstyle.main([*map(str, command)]) == 0
     before = names(tmp_path / "out")
     environment = os.environ | ({"KERAS_BACKEND": "numpy"} if wrong == "backend" else {})
     corner = np.zeros((33, 48), np.uint8)
@@ -331,11 +330,10 @@ def test_what_is_wrong_is_said_before_an_earlier_run_is_touched(picture_files, t
     Image.fromarray(corner).save(tmp_path / "corner.png")
     flags = ["--overwrite", "--image_size", "33"]
     flags += ["--style_masks", str(tmp_path / "corner.png")] if wrong == "mask" else []
-    ended = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert {"backend": "KERAS_BACKEND is 'numpy'", "mask": "the style mask is all black at conv2_1"}[
-        wrong
-    ] in ended.stderr
+    run = forked.cold_start(*command, *flags, env=environment)
+    said = {"backend": "KERAS_BACKEND is 'numpy'", "mask": "the style mask is all black at conv2_1"}[wrong]
+    assert said in run.communicate(timeout=60)[1]
+    assert run.returncode == 2
     assert names(tmp_path / "out") == before
 
 

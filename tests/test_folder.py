@@ -4,10 +4,9 @@ import functools
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import numpy as np
 import psutil
 import pytest
@@ -203,9 +202,8 @@ def test_of_two_runs_at_once_the_second_is_told(photos, tmp_path, capsys):
 
 
 def test_a_signal_ends_the_batch_and_resume_goes_on_within_the_photo(photos, tmp_path):
-    command = [sys.executable, deepstyle.__file__, str(photos), str(tmp_path / "style.png"), str(tmp_path / "out")]
-    flags = [*SMALL, "--image_size", "40", "--num_iter"]
-    run = subprocess.Popen([*command, *flags, "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [photos, tmp_path / "style.png", tmp_path / "out", *SMALL, "--image_size", "40", "--num_iter"]
+    run = forked.start(*command, "100000")
     while not (tmp_path / "out" / "a.jpg" / LAST).exists():
         assert run.poll() is None, run.communicate()
         time.sleep(0.02)
@@ -217,7 +215,7 @@ def test_a_signal_ends_the_batch_and_resume_goes_on_within_the_photo(photos, tmp
     assert summary == "deepstyle: 0 of 2 photos are done; the same command with --resume does what is not"
     assert names(tmp_path / "out") == ["a.jpg"]
     done = len(names(tmp_path / "out" / "a.jpg")) - 1
-    ended = subprocess.run([*command, *flags, str(done), "--resume"], capture_output=True, text=True)
+    ended = forked.run(*command, done, "--resume")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert all(len(names(tmp_path / "out" / name)) == done + 1 for name in ("a.jpg", "b c.png"))
 

@@ -19,6 +19,7 @@ from deepstyle_support.memory import plan_memory, shared_tile
 sys.path.insert(0, str(IMAGES.parent / "examples"))
 import large_picture
 
+pytestmark = pytest.mark.xdist_group("ray")  # which is started once
 PROGRAM = [sys.executable, large_picture.__file__]
 
 
@@ -167,7 +168,9 @@ def state_of(prefix):
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")
-def test_either_program_goes_on_with_the_others_run_and_ctrl_c_saves_the_picture(picture_files, tmp_path, capfd):
+def test_either_program_goes_on_with_the_others_run_and_ctrl_c_saves_the_picture(
+    full_network, picture_files, tmp_path, capfd
+):
     prefix = tmp_path / "a"
     assert deepstyle.main([*picture_files, str(prefix), *SMALL, "--num_iter", "1"]) == 0
     run = start(picture_files, prefix, "--num_iter", "100000", "--resume")

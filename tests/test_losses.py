@@ -10,7 +10,7 @@ from conftest import smooth_picture
 import deepstyle
 from deepstyle import Settings
 from deepstyle_support.pictures import mask_on_grid
-from deepstyle_support.vgg import halo
+from deepstyle_support.vgg import CHANNELS, halo
 
 SIZE = (37, 51)  # odd, so that pooling leaves rows and columns out
 LAYERS = deepstyle.STYLE_LAYERS
@@ -215,7 +215,7 @@ def test_content_loss_types_are_three_factors(untrained):
         .parts["content conv5_2"]
         for kind in (0, 1, 2)
     ]
-    size = 512 * math.prod(SIZE)
+    size = CHANNELS["vgg16"]["conv5_2"] * math.prod(SIZE)
     assert parts[1] / parts[0] == pytest.approx(1 / (2 * math.sqrt(size)), rel=1e-6)
     assert parts[2] / parts[0] == pytest.approx(1 / size, rel=1e-6)
 

@@ -4,16 +4,16 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import re
 import shlex
 import subprocess
 import sys
 
+import forked
 import imageio.v3
 import numpy as np
 import pytest
-from conftest import SMALL, smooth_picture
+from conftest import SMALL, for_scripts, smooth_picture
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -80,7 +80,7 @@ def test_a_picture_says_how_it_was_made_and_the_command_makes_it_again(picture_f
     python, script, *arguments = shlex.split(command)
     assert (python, script) == ("python", "deepstyle.py")
     arguments[arguments.index(str(tmp_path / "a"))] = str(tmp_path / "b")
-    subprocess.run([sys.executable, deepstyle.__file__, *arguments, "--quiet"], check=True, capture_output=True)
+    assert forked.run(*arguments, "--quiet").returncode == 0
     np.testing.assert_array_equal(pixels(tmp_path / "a_at_iteration_2.png"), pixels(tmp_path / "b_at_iteration_2.png"))
 
 
@@ -269,12 +269,12 @@ def test_tensorboard_goes_on_with_a_resumed_run_and_needs_no_tensorflow(picture_
     pytest.importorskip("jax")
     command = [*picture_files, str(tmp_path / "a"), *SMALL, "--tensorboard", str(tmp_path / "events"), "--quiet"]
     script = (
-        "import sys, deepstyle\n"
+        "import sys, conftest, deepstyle\n"
         "for flags in (['--num_iter', '1'], ['--num_iter', '2', '--resume']):\n"
         "    print(deepstyle.main(sys.argv[1:] + flags), 'tensorflow' in sys.modules)"
     )
-    environment = os.environ | {"KERAS_BACKEND": "jax", "PYTHONPATH": os.path.dirname(deepstyle.__file__)}
-    ended = subprocess.run([sys.executable, "-c", script, *command], env=environment, capture_output=True, text=True)
+    given = {"env": for_scripts(KERAS_BACKEND="jax"), "capture_output": True, "text": True}
+    ended = subprocess.run([sys.executable, "-c", script, *command], **given)
     assert (ended.stdout, ended.stderr) == ("0 False\n0 False\n", "")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -2,15 +2,18 @@
 
 import numpy as np
 import pytest
-from conftest import IMAGES
+from conftest import IMAGES, full_width
 
 import deepstyle
 from deepstyle_support.pictures import resize
 
+pytestmark = [pytest.mark.usefixtures("full_network"), pytest.mark.xdist_group("trained")]
+
 
 @pytest.fixture(scope="module")
 def trained():
-    weights, _ = deepstyle.load_weights()
+    with full_width():
+        weights, _ = deepstyle.load_weights()
     return weights
 
 
