@@ -178,6 +178,8 @@ class Settings:
         require_choice("--pool_type", self.pool_type, ("ave", "max"))
         require_choice("--padding", self.padding, ("zeros", "edge"))
         require_choice("--optimizer", self.optimizer, OPTIMIZERS)
+        if self.weights == "":
+            raise UserError("--weights is ''; it must be a file, or random")
         if self.background is not None:
             try:
                 ImageColor.getrgb(self.background)

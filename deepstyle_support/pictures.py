@@ -106,17 +106,17 @@ def check_array(name: str, picture: object) -> None:
 
     Numbers of other kinds are not taken: whether white is 1, 255 or 65535 there would have to be guessed.
     """
-    shape = "(H, W) or (H, W, 3)" if "mask" in name else "(H, W, 3), or (H, W, 4) with alpha"
-    needed = f"it must be {shape} uint8, from 0 to 255"
+    is_mask = "mask" in name
+    kind = "uint8, or bool, (H, W) or (H, W, 3)" if is_mask else "uint8, (H, W, 3), or (H, W, 4) with alpha"
+    what, needed = f"the {name}{'' if is_mask else ' picture'}", f"it must be an array of {kind}"
     if not isinstance(picture, np.ndarray):
-        raise UserError(f"the {name} picture is no array but of the type {type(picture).__name__}; {needed}")
-    channels = [(3,), ()] if "mask" in name else [(3,), (4,)]
-    if picture.ndim not in (2, 3) or picture.shape[2:] not in channels:
-        raise UserError(f"the {name} picture's shape is {picture.shape}; {needed}")
+        raise UserError(f"{what} is of the type {type(picture).__name__}; {needed}")
+    if picture.ndim not in (2, 3) or picture.shape[2:] not in ([(3,), ()] if is_mask else [(3,), (4,)]):
+        raise UserError(f"{what}'s shape is {picture.shape}; {needed}")
     if picture.dtype != np.uint8:
-        raise UserError(f"the {name} picture's numbers are {picture.dtype}; {needed}")
+        raise UserError(f"{what}'s numbers are {picture.dtype}; {needed}, with 255 as white")
     if picture.shape[0] * picture.shape[1] < 2:
-        raise UserError(f"the {name} picture's shape is {picture.shape}; it must be of more than a single pixel")
+        raise UserError(f"{what}'s shape is {picture.shape}; it must be of more than a single pixel")
 
 
 def laid(content: Any, style: Any, colour: str | None) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:

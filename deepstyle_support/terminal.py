@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,13 +20,17 @@ if TYPE_CHECKING:
 def console_for(quiet: bool) -> "Console":
     """Where results are shown, as they are: a PREFIX may look like Rich's names of pictures.
 
-    What stdout is, it is itself asked: by FORCE_COLOR and others like it Rich takes a file or a pipe for a terminal.
+    What stdout is, it is itself asked: by FORCE_COLOR and others like it Rich takes a file or a pipe for a terminal,
+    and in 0 columns, as COLUMNS may say, it shows nothing.
     """
     from rich.console import Console
 
     stdout = Stream("stdout")
     looks: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False, "emoji": False}
     is_terminal = stdout.isatty() and os.environ.get("TTY_COMPATIBLE") != "0"
+    size = shutil.get_terminal_size()
+    looks |= {"width": size.columns if "COLUMNS" in os.environ else None}  # or else it follows the terminal's
+    looks |= {"height": size.lines if "LINES" in os.environ else None}
     return Console(file=cast(TextIO, stdout), quiet=quiet, force_terminal=is_terminal, force_jupyter=False, **looks)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from .messages import UserError
 
 ON_OFF = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text, and not empty"}
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
 def value_of(kind: type | dict, text: str) -> Any:
@@ -53,8 +53,8 @@ def of_kind(flag: str, value: Any, kind: type) -> Any:
     is_number = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
     if kind is bool and str(value).lower() in ON_OFF:
         return ON_OFF[str(value).lower()]
-    if kind is str and isinstance(value, str | os.PathLike) and os.fspath(value):
-        return os.fsdecode(value)
+    if kind is str and isinstance(value, str | os.PathLike):
+        return str(os.fsdecode(value))
     if kind in (int, float) and is_number:
         try:
             return kind(value)
