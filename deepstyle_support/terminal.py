@@ -28,9 +28,8 @@ def console_for(quiet: bool) -> "Console":
     stdout = Stream("stdout")
     looks: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False, "emoji": False}
     is_terminal = stdout.isatty() and os.environ.get("TTY_COMPATIBLE") != "0"
-    size = shutil.get_terminal_size()
-    looks |= {"width": size.columns if "COLUMNS" in os.environ else None}  # or else it follows the terminal's
-    looks |= {"height": size.lines if "LINES" in os.environ else None}
+    if "COLUMNS" in os.environ or "LINES" in os.environ:  # or else it follows the terminal's size
+        looks["width"], looks["height"] = shutil.get_terminal_size()
     return Console(file=cast(TextIO, stdout), quiet=quiet, force_terminal=is_terminal, force_jupyter=False, **looks)
 
 
