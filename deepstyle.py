@@ -154,7 +154,7 @@ class Settings:
         put = functools.partial(object.__setattr__, self)  # a frozen dataclass has no other way
         put("tile", str(self.tile))
         how = str(self.preserve_color)
-        put("preserve_color", {True: "luma", False: False}.get(ON_OFF.get(how.lower()), how))
+        put("preserve_color", {word: on and "luma" for word, on in ON_OFF.items()}.get(how.lower(), how))
         for field in dataclasses.fields(self):
             if field.name != "preserve_color":
                 put(field.name, like_default(f"--{field.name}", getattr(self, field.name), field.default))
@@ -976,8 +976,8 @@ def stylize(
     command does it. Raises UserError for what the caller can mend.
     """
     settings = Settings(**options)
-    masks = several(style_masks), content_mask, color_mask
-    pictures = Pictures(*laid(content, style, settings.background), *masks, read_start(settings))
+    given = laid(content, style, settings.background)
+    pictures = Pictures(*given, several(style_masks), content_mask, color_mask, read_start(settings))
     check_agreement(pictures, settings)
     weights, _ = load_weights(settings.weights, settings.seed, settings.model)
     return (iteration for iteration in paint(pictures, settings, weights) if not iteration.coarse)

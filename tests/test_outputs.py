@@ -110,7 +110,8 @@ def commands_of_hostile_names(encoding):
     defaults = dataclasses.asdict(Settings())
     settings = {name: defaults | {"init_image": name, "weights": name} for name in HOSTILE}
     for name in HOSTILE:
-        made = {"pictures": [name, name], "prefix": name, "masks": {"content_mask": name, "style_masks": [name, name]}}
+        made: dict = {"pictures": [name, name], "prefix": name}
+        made |= {"masks": {"content_mask": name, "style_masks": [name, name]}}
         made |= {"settings": settings[name], "allow_large": False, "backend": "tensorflow"}
         yield command_again(json.loads(json.dumps(made)), defaults, encoding)
 

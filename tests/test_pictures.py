@@ -200,7 +200,8 @@ def test_what_is_no_picture_is_refused_with_what_it_is(begin, name, said, given)
 
 
 def test_without_a_style_there_is_nothing_to_paint(begin):
-    for nothing in ([], (), None, iter([])):
+    several: tuple = [], (), None, iter([])
+    for nothing in several:
         with pytest.raises(deepstyle.UserError, match="there is no style picture"):
             begin(style=nothing)
 
