@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, cast
+from typing import Any, NamedTuple, NoReturn
 
 try:
     import numpy as np
@@ -36,7 +36,7 @@ try:
     from deepstyle_support.convolution import Kernel, convolve, kernel_on_device
     from deepstyle_support.device import describe_device
     from deepstyle_support.files import Outputs, base_path
-    from deepstyle_support.folder import Batch, Photo, arguments_for, folders_in, photos_in, printable
+    from deepstyle_support.folder import Batch, Photo, arguments_for, folders_in, photos_in
     from deepstyle_support.lbfgs import Curvature, device_lbfgs, kept_bytes
     from deepstyle_support.memory import (
         MOST_CORRECTIONS,
@@ -47,17 +47,20 @@ try:
         plan_memory,
         smaller_tile,
     )
-    from deepstyle_support.messages import Stream, UserError, in_words, require_choice, say, tell, words
+    from deepstyle_support.messages import Stream, UserError, answer, in_words, printable, require_choice, tell, words
     from deepstyle_support.pictures import (
         MEAN_BGR,
         RESAMPLING,
         Pictures,
         enlarge,
         from_input_space,
+        laid,
         mask_on_grid,
         match_colours,
+        numbered,
         recolour,
         resize,
+        several,
         to_input_space,
         with_colours_of,
     )
@@ -67,6 +70,7 @@ try:
     from deepstyle_support.report import check_index, held_for_report
     from deepstyle_support.reuse import Reuse
     from deepstyle_support.terminal import (
+        console_for,
         describe_iteration,
         describe_stop,
         fill_closed_descriptors,
@@ -74,6 +78,7 @@ try:
         signals_as_wishes,
     )
     from deepstyle_support.transparency import alpha_of, filled, laid_on, with_alpha_of
+    from deepstyle_support.values import ON_OFF, like_default, name_of, value_of
     from deepstyle_support.vgg import CHANNELS, halo, layer_name, stride
     from deepstyle_support.weights import Weights, load_weights, trunk_digest
 except ModuleNotFoundError as missing:
@@ -81,13 +86,9 @@ except ModuleNotFoundError as missing:
         raise
     sys.exit(f"deepstyle: error: Python has no package {missing.name}; 'sh run.sh' installs what is needed")
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 __version__ = "0.2.0"
 
 STYLE_LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv4_1", "conv5_1")
-ON_OFF = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 EVALUATIONS_PER_ITERATION = 20
 MOST = {"image_size": 10**9, "style_size": 10**9, "history": MOST_CORRECTIONS}  # more is a mistake in typing
 Tensor = Any  # one of the backend's, or an array where it takes one
@@ -114,8 +115,8 @@ steering = functools.partial(setting, shapes=False)
 class Settings:
     """Everything that shapes a run but its pictures; each is a flag, and each default exists only here.
 
-    For a tuple a single value will do. A layer is kept by its name in the paper: `block4_conv2` becomes `conv4_2`.
-    Raises UserError for a value that is out of range.
+    For a tuple a single value will do, and NumPy's numbers are taken. A layer is kept by its name in the paper:
+    `block4_conv2` becomes `conv4_2`. Raises UserError for a value that is out of range, or of another kind.
     """
 
     image_size: int = setting(400, "the picture", "ROWS", "rows of the generated picture")
@@ -151,14 +152,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)  # a frozen dataclass has no other way
+        put("tile", str(self.tile))
+        how = str(self.preserve_color)
+        put("preserve_color", {word: on and "luma" for word, on in ON_OFF.items()}.get(how.lower(), how))
+        for field in dataclasses.fields(self):
+            if field.name != "preserve_color":
+                put(field.name, like_default(f"--{field.name}", getattr(self, field.name), field.default))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(field.default, tuple):
-                value = tuple(value) if isinstance(value, list | tuple) else (value,)
-                if field.metadata["metavar"] == "LAYER":
-                    value = tuple(layer_name(f"--{field.name}", name, self.model) for name in value)
-                    if len({*value}) < len(value):
-                        raise UserError(f"--{field.name} names a layer twice: {words(value)}")
+            if field.metadata["metavar"] == "LAYER":
+                value = tuple(layer_name(f"--{field.name}", name, self.model) for name in value)
+                if not value or len({*value}) < len(value):
+                    raise UserError(f"--{field.name} names {'a layer twice' if value else 'no layer'}: {words(value)}")
                 put(field.name, value)
             least = 1 if field.name in ("image_size", "num_iter", "scales", "coarse_iter", "history") else 0
             for one in value if isinstance(value, tuple) else (value,):
@@ -166,8 +171,6 @@ class Settings:
                     raise UserError(f"--{field.name} is {one}; it must be {least} or more, and finite")
                 if type(one) is int and field.name in MOST and one > MOST[field.name]:
                     raise UserError(f"--{field.name} is {one}; it must be {MOST[field.name]} or less")
-        put("preserve_color", {"True": "luma", "False": False}.get(str(self.preserve_color), self.preserve_color))
-        put("tile", str(self.tile))
         require_choice("--preserve_color", self.preserve_color, (False, "luma", "match"))
         require_choice("--rescale_method", self.rescale_method, RESAMPLING)
         require_choice("--content_loss_type", self.content_loss_type, (0, 1, 2))
@@ -175,14 +178,17 @@ class Settings:
         require_choice("--pool_type", self.pool_type, ("ave", "max"))
         require_choice("--padding", self.padding, ("zeros", "edge"))
         require_choice("--optimizer", self.optimizer, OPTIMIZERS)
+        if self.weights == "":
+            raise UserError("--weights is ''; it must be a file, or random")
         if self.background is not None:
             try:
                 ImageColor.getrgb(self.background)
             except (AttributeError, ValueError):
                 known = "it must be a colour's name, like red, or #rrggbb"
                 raise UserError(f"--background is '{self.background}'; {known}") from None
-        if self.tile not in ("auto", "off") and not (re.fullmatch("[0-9]+", self.tile) and int(self.tile) >= 16):
-            raise UserError(f"--tile is '{self.tile}'; it must be auto, off, or a number of pixels from 16 on")
+        if self.tile not in ("auto", "off") and not (re.fullmatch("[0-9]{1,9}", self.tile) and int(self.tile) >= 16):
+            known = "it must be auto, off, or a number of pixels from 16 on, of up to 9 digits"
+            raise UserError(f"--tile is '{self.tile}'; {known}")
         if len(self.style_layer_weights) not in (1, len(self.style_layers)) or not (
             0 < sum(self.style_layer_weights) < math.inf
         ):
@@ -210,27 +216,21 @@ def weights_of_styles(settings: Settings, styles: int) -> list[float]:
     return [settings.style_scale * weight * len(weights) / styles for weight in weights * (styles // len(weights))]
 
 
-def value_of(kind: type | dict, text: str) -> Any:
-    """What a flag's text stands for: a number, or one of a dict's words. Raises ArgumentTypeError for argparse."""
-    try:
-        return kind[text.lower()] if isinstance(kind, dict) else kind(text)
-    except (KeyError, ValueError):
-        expected = " or ".join(kind) if isinstance(kind, dict) else {int: "a whole number", float: "a number"}[kind]
-        raise argparse.ArgumentTypeError(f"expected {expected}, not '{text}'") from None
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, with errors raised for `main` to show in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
+    def _print_message(self, message: str, file: object = None) -> None:  # --help and --version have no other way
+        answer(message.rstrip("\n"))
+
 
 class Describe(argparse.Action):
     """--describe: as with --version, nothing else is done."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: object, path: Any, option: object = None) -> None:
-        say(description(path, dataclasses.asdict(Settings())))
+        answer(description(path, dataclasses.asdict(Settings()), Stream("stdout").encoding))
         parser.exit()
 
 
@@ -273,10 +273,10 @@ def command_line() -> Parser:
     group = parser.add_argument_group("what is saved")
     every = functools.partial(value_of, int)
     group.add_argument("--every", metavar="N", type=every, default=1, help="only each Nth picture, and the last (1)")
-    group.add_argument("--animation", metavar="FILE", help="all iterations as .gif, .webp or .mp4")
-    group.add_argument("--log", metavar="FILE", help="a row of losses for each iteration, .csv")
-    group.add_argument("--tensorboard", metavar="DIR", help="losses and pictures for TensorBoard")
-    group.add_argument("--report", metavar="FILE", help="a page that shows the run, .html")
+    group.add_argument("--animation", metavar="FILE", type=name_of, help="all iterations as .gif, .webp or .mp4")
+    group.add_argument("--log", metavar="FILE", type=name_of, help="a row of losses for each iteration, .csv")
+    group.add_argument("--tensorboard", metavar="DIR", type=name_of, help="losses and pictures for TensorBoard")
+    group.add_argument("--report", metavar="FILE", type=name_of, help="a page that shows the run, .html")
     group.add_argument("--describe", metavar="PICTURE", action=Describe, help="print how PICTURE was made, and end")
     group = parser.add_argument_group("the run")
     earlier = group.add_mutually_exclusive_group()
@@ -639,16 +639,19 @@ class Objective:
         reuse: Reuse | None = None,
         **options: Any,
     ):
-        settings = Settings(**options)
-        pictures = Pictures(*laid(content, style, settings), tuple(style_masks), content_mask)
+        settings = Settings(**options, weights=None if isinstance(weights, dict) else weights)
+        pictures = Pictures(*laid(content, style, settings.background), several(style_masks), content_mask)
         if not isinstance(weights, dict):
-            weights, _ = load_weights(weights, settings.seed, settings.model)
-        self.size = content.shape[0], content.shape[1]
+            weights, _ = load_weights(settings.weights, settings.seed, settings.model)
+        self.size = pictures.content.shape[0], pictures.content.shape[1]
         self.model = settings.model
         self.tile = int(settings.tile) if settings.tile.isdigit() else None
         self.on_smaller_tiles = on_smaller_tiles
         masks = pictures.masks(self.size)
         losses = weighted_losses(settings, self.size, len(pictures.styles), masks)
+        check_sides({"content": pictures.content}, layers_of(losses))
+        shown = layers_of(loss for loss in losses if loss.name.startswith("style"))
+        check_sides(numbered("style", pictures.styles), shown)
         placed = masks_at_places((loss.place for loss in losses), masks, self.size)
         self.reuse = reuse or Reuse()
         self.of_tile = TileLosses(losses, placed, self.size, weights, settings, self.reuse)
@@ -663,8 +666,10 @@ class Objective:
     def evaluate(self, x: Tensor) -> Evaluation:
         """What calling does, with the loss's parts; where x is a tensor of the backend, so is the gradient, float32.
 
-        Raises UserError, status 1, if they are not finite.
+        Raises UserError if x has another shape, and with status 1 if they are not finite.
         """
+        if tuple(getattr(x, "shape", ())) != (*self.size, 3):
+            raise UserError(f"x is no array of the content's shape, {(*self.size, 3)}")
         parts, gradient = self._in_memory(self._two_passes, self.of_tile, x)
         evaluation = Evaluation(parts, gradient)
         if not (math.isfinite(evaluation.loss) and all_finite(gradient)):
@@ -776,6 +781,14 @@ class Objective:
             if not (math.isfinite(parts[loss.name]) and all_finite(gradient)):
                 return loss.name
         return "summed"
+
+
+def check_sides(pictures: dict[str, np.ndarray], layers: Collection[str]) -> None:
+    """Raise UserError if the deepest of the layers has no position of a picture, (H, W, C), each by its name."""
+    least = max(map(stride, layers), default=1)
+    for name, picture in pictures.items():
+        if min(picture.shape[:2]) < least:
+            raise UserError(f"the {name} picture's shape is {picture.shape}; {max(layers)} needs {least} pixels a side")
 
 
 def masks_at_places(
@@ -963,19 +976,11 @@ def stylize(
     command does it. Raises UserError for what the caller can mend.
     """
     settings = Settings(**options)
-    start = read_start(settings)
-    pictures = Pictures(*laid(content, style, settings), tuple(style_masks), content_mask, color_mask, start)
+    given = laid(content, style, settings.background)
+    pictures = Pictures(*given, several(style_masks), content_mask, color_mask, read_start(settings))
     check_agreement(pictures, settings)
     weights, _ = load_weights(settings.weights, settings.seed, settings.model)
     return (iteration for iteration in paint(pictures, settings, weights) if not iteration.coarse)
-
-
-def laid(
-    content: np.ndarray, style: np.ndarray | Iterable[np.ndarray], settings: Settings
-) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """The content, and the style or styles as a tuple, on the background if there is to be one."""
-    styles = (style,) if isinstance(style, np.ndarray) else tuple(style)
-    return laid_on(content, settings.background), tuple(laid_on(style, settings.background) for style in styles)
 
 
 def read_start(
@@ -1337,7 +1342,7 @@ def run(
     outputs.check(input_paths(arguments, settings), saved_size(pictures, settings))
     outputs.check_extras_are_ours()
     weights, source = (shared.weights, "") if shared else load_weights(settings.weights, settings.seed, settings.model)
-    console = console_for(arguments)
+    console = console_for(arguments.quiet)
     show: Callable[[str], None] = (lambda line: None) if shared else console.print
     with outputs.owned():
         state = (
@@ -1463,7 +1468,7 @@ def run_folder(arguments: argparse.Namespace, settings: Settings) -> int:
 def check_folder(arguments: argparse.Namespace, settings: Settings) -> tuple[Batch, dict[str, Any]]:
     """The photos, and the pictures that all share. Raises UserError for what is wrong whatever the photo."""
     folder, results = Path(arguments.content), base_path(os.path.join(arguments.prefix, "")).parent
-    batch = Batch(photos_in(folder, results), results, console_for(arguments).print, arguments.debug)
+    batch = Batch(photos_in(folder, results), results, console_for(arguments.quiet).print, arguments.debug)
     common = arguments_for(Photo(folder, results), arguments)
     outputs_of(common).check(input_paths(common, settings), (SMALLEST, SMALLEST))
     if common.report:
@@ -1474,14 +1479,6 @@ def check_folder(arguments: argparse.Namespace, settings: Settings) -> tuple[Bat
     if not arguments.quiet and (passed_over := folders_in(folder, results)):
         tell(f"folders in '{folder}' are not looked into: {words(passed_over)}")
     return batch, beside
-
-
-def console_for(arguments: argparse.Namespace) -> "Console":
-    """Where results are shown, as they are: a PREFIX may look like Rich's names of pictures."""
-    from rich.console import Console
-
-    looks: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False, "emoji": False}
-    return Console(file=cast(TextIO, Stream("stdout")), quiet=arguments.quiet, **looks)
 
 
 def save_all(

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .files import lock_of
-from .messages import UserError, in_words, tell
+from .messages import UserError, in_words, printable, tell
 from .reading import read_picture
 from .records import Ending
 from .report import THUMBNAIL, Card, encoded, title_of, write_index
@@ -167,8 +167,3 @@ class Batch:
         for photo in failed:
             tell(f"failed: {printable(photo.path.name)}: {photo.failure}")
         return status or int(bool(failed))
-
-
-def printable(text: str) -> str:
-    """Without what would end the line or move the terminal's cursor: a photo can have any name."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

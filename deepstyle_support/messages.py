@@ -2,11 +2,12 @@
 
 import contextlib
 import difflib
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Collection
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 
 class UserError(Exception):
@@ -25,11 +26,16 @@ class Stream:
 
     def __init__(self, name: str):
         self.stream: TextIO | None = getattr(sys, name)
+        self.full: OSError | None = None  # why not all was written, if there was no room for it
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self.stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
         if self.stream:
-            encoding = getattr(self.stream, "encoding", None) or "utf-8"
-            self._try(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
+            shown = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+            self._try(self.stream.write, shown)
         return len(text)
 
     def flush(self) -> None:
@@ -39,14 +45,19 @@ class Stream:
     def _try(self, act: Callable, *given: str) -> None:
         try:
             act(*given)
-        except (OSError, ValueError):  # a pipe without a reader, a terminal that is gone, a closed file
-            with contextlib.suppress(OSError, ValueError, AttributeError):
+        except (OSError, ValueError) as error:  # a pipe without a reader, a terminal that is gone, a closed file
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                self.full = cast(OSError, error)
+            with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
                 # Or else Python complains at its end that it cannot write what is left.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # type: ignore[union-attr]
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # type: ignore[union-attr]
             self.stream = None
 
     def isatty(self) -> bool:
-        return bool(self.stream) and self.stream.isatty()  # type: ignore[union-attr]
+        try:
+            return bool(self.stream and self.stream.isatty())
+        except ValueError:  # it is closed
+            return False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -55,7 +66,7 @@ class Stream:
 def in_words(error: Exception, debug: bool) -> str:
     """What went wrong, in one line; with `debug` its traceback is shown as well."""
     if debug:
-        traceback.print_exception(error)
+        traceback.print_exception(error, file=cast(TextIO, Stream("stderr")))
     message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}; --debug shows where"
     return " ".join(message.split())
 
@@ -65,11 +76,23 @@ def tell(message: str) -> None:
     say(f"deepstyle: {message}", "stderr")
 
 
-def say(text: str, where: str = "stdout") -> None:
-    """A line on stdout or stderr."""
+def say(text: str, where: str = "stdout") -> OSError | None:
+    """A line on stdout or stderr. Returns what is wrong if that is a file, and there is no room for it."""
     stream = Stream(where)
     stream.write(f"{text}\n")
     stream.flush()
+    return stream.full
+
+
+def answer(text: str) -> None:
+    """What was asked for, on stdout. Raises UserError, status 1, if it goes to a disk that has no room for it."""
+    if full := say(text):
+        raise UserError(f"cannot write to stdout: {full.strerror}", status=1)
+
+
+def printable(text: str) -> str:
+    """Without what would end the line or move the terminal's cursor: a file can have any name."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def words(value: object) -> str:

@@ -1,15 +1,16 @@
 """Pictures as arrays: sizes, colours, masks. No network, and nothing of what a setting decides."""
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from .messages import UserError
-from .transparency import alpha_of
+from .transparency import alpha_of, laid_on
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -24,8 +25,9 @@ MEAN_BGR = np.array([103.939, 116.779, 123.68], np.float32)  # of the ImageNet t
 class Pictures:
     """What a run works on, each (H, W, 3) uint8 RGB of any size. Masks are white where something holds.
 
-    What is no mask may be (H, W, 4), with alpha. Raises UserError for another shape, for what is all black or all
-    transparent, and unless there are as many style masks as styles, or none.
+    What is no mask may be (H, W, 4), with alpha; a mask may be (H, W), and bool, which is kept as 0 and 255. Raises
+    UserError for what is no such array or a single pixel, for what is all black or all transparent, and unless there
+    is a style, and as many style masks as styles, or none.
     """
 
     content: np.ndarray
@@ -36,14 +38,18 @@ class Pictures:
     start: np.ndarray | None = None  # if neither the content nor noise
 
     def __post_init__(self) -> None:
+        put = functools.partial(object.__setattr__, self)  # a frozen dataclass has no other way
+        put("style_masks", tuple(map(whitened, self.style_masks)))
+        put("content_mask", whitened(self.content_mask))
+        put("color_mask", whitened(self.color_mask))
         for name, picture in self.named().items():
-            known = [(3,), ()] if "mask" in name else [(3,), (4,)]
-            if picture.ndim not in (2, 3) or picture.shape[2:] not in known:
-                raise UserError(f"the {name} picture's shape is {picture.shape}; it must be (H, W, 3)")
+            check_array(name, picture)
             if (alpha := alpha_of(picture)) is not None and not alpha.any():
                 raise UserError(f"the {name} picture is all transparent; --background COLOUR lays it on a colour")
             if "mask" in name and Image.fromarray(picture).convert("L").getbbox() is None:
                 raise UserError(f"the {name} is all black, so nothing is left; it must be white where something holds")
+        if not self.styles:
+            raise UserError("there is no style picture; give one or more")
         if len(self.style_masks) not in (0, len(self.styles)):
             raise UserError(
                 f"there are {len(self.style_masks)} style masks for {len(self.styles)} styles; give one for each"
@@ -53,9 +59,8 @@ class Pictures:
         """Each picture that there is, by its name in words."""
         named: dict[str, np.ndarray | None] = {"content": self.content, "content mask": self.content_mask}
         named |= {"color mask": self.color_mask, "start": self.start}
-        for kind, pictures in (("style", self.styles), ("style mask", self.style_masks)):
-            named |= {f"{kind} {n}" if len(pictures) > 1 else kind: one for n, one in enumerate(pictures, 1)}
-        return {name: picture for name, picture in named.items() if picture is not None}
+        there = {name: picture for name, picture in named.items() if picture is not None}
+        return there | numbered("style", self.styles) | numbered("style mask", self.style_masks)
 
     def masks(self, size: tuple[int, int]) -> dict[str, dict[str, np.ndarray]]:
         """What limits each kind of loss, "content", "style", or "style 2" of several: masks by name, to be multiplied.
@@ -77,6 +82,49 @@ class Pictures:
             digest.update(np.ascontiguousarray(picture).data)
             digests[f"the {name} picture's SHA-256"] = digest.hexdigest()
         return digests
+
+
+def numbered(kind: str, pictures: Collection[Any]) -> dict[str, Any]:
+    """Each of them by its name in words, which has a number if there are several."""
+    return {f"{kind} {n}" if len(pictures) > 1 else kind: one for n, one in enumerate(pictures, 1)}
+
+
+def several(given: Any) -> tuple[Any, ...]:
+    """What a caller gives as a picture, or as several, or as none: as a tuple."""
+    if given is None:
+        return ()
+    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, np.ndarray) else (given,)
+
+
+def whitened(mask: Any) -> Any:
+    """A mask of bool as uint8, 255 where it is true; any other as it is."""
+    return mask * np.uint8(255) if isinstance(mask, np.ndarray) and mask.dtype == bool else mask
+
+
+def check_array(name: str, picture: object) -> None:
+    """Raise UserError unless the picture, or the mask, of this name is an array of a shape and kind that it may have.
+
+    Numbers of other kinds are not taken: whether white is 1, 255 or 65535 there would have to be guessed.
+    """
+    is_mask = "mask" in name
+    kind = "uint8, or bool, (H, W) or (H, W, 3)" if is_mask else "uint8, (H, W, 3), or (H, W, 4) with alpha"
+    what, needed = f"the {name}{'' if is_mask else ' picture'}", f"it must be an array of {kind}"
+    if not isinstance(picture, np.ndarray):
+        raise UserError(f"{what} is of the type {type(picture).__name__}; {needed}")
+    if picture.ndim not in (2, 3) or picture.shape[2:] not in ([(3,), ()] if is_mask else [(3,), (4,)]):
+        raise UserError(f"{what}'s shape is {picture.shape}; {needed}")
+    if picture.dtype != np.uint8:
+        raise UserError(f"{what}'s numbers are {picture.dtype}; {needed}, with 255 as white")
+    if picture.shape[0] * picture.shape[1] < 2:
+        raise UserError(f"{what}'s shape is {picture.shape}; it must be of more than a single pixel")
+
+
+def laid(content: Any, style: Any, colour: str | None) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """The content, and the style or styles as a tuple, on the colour if there is one. Raises UserError as Pictures."""
+    styles = several(style)
+    for name, picture in ({"content": content} | numbered("style", styles)).items():
+        check_array(name, picture)
+    return laid_on(content, colour), tuple(laid_on(style, colour) for style in styles)
 
 
 def resize(picture: np.ndarray, size: tuple[int, int], method: str = "bilinear") -> np.ndarray:

@@ -1,12 +1,13 @@
 """How a picture says what made it, and the command that makes it again."""
 
 import json
+import os
 import shlex
 from typing import Any
 
 from PIL import Image
 
-from .messages import UserError, words
+from .messages import UserError, printable, words
 from .reading import pixel_limit
 
 
@@ -21,16 +22,51 @@ def read_made(path: str) -> dict[str, Any]:
         raise UserError(f"'{path}' does not say how it was made; only deepstyle's own PNG files do") from error
 
 
-def command_again(made: dict[str, Any], defaults: dict[str, Any]) -> str:
-    """A command line that makes the same pictures, from what a picture's text says."""
+def command_again(made: dict[str, Any], defaults: dict[str, Any], encoding: str = "utf-8") -> str:
+    """A command line that makes the same pictures, from what a picture's text says, as a POSIX shell takes it.
+
+    encoding: that of what it is shown on.
+    """
     program, *own_flags = made.get("program", ["deepstyle.py"])
-    command = ["python", program, *made["pictures"], made["prefix"], *own_flags]
+    command = ["python", program, *map(as_argument, [*made["pictures"], made["prefix"]]), *own_flags]
     for name, value in (made["settings"] | made["masks"]).items():
-        if words(value) != words(defaults.get(name)):
-            command += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+        default = defaults.get(name)
+        if value is not None and (default is None or words(value) != words(default)):
+            command += [f"--{name}", *map(as_argument, value if isinstance(value, list | tuple) else [value])]
     command += ["--allow_large"] * made["allow_large"]
     backend = [] if made["backend"] == "tensorflow" else ["env", f"KERAS_BACKEND={made['backend']}"]
-    return shlex.join(backend + command)
+    return " ".join(in_shell(word, encoding) for word in backend + command)
+
+
+def as_argument(value: object) -> str:
+    """A value on the command line, where a name that begins with a dash would be taken for a flag."""
+    is_like_flag = isinstance(value, str) and value.startswith("-")
+    return os.path.join(os.curdir, str(value)) if is_like_flag else str(value)
+
+
+def in_shell(word: str, encoding: str) -> str:
+    """One word of a POSIX shell's command, in letters that can be read, copied and shown in this encoding.
+
+    Where it has others, printf makes them, byte by byte: a file's name may be no text at all.
+    """
+    if shown(word, encoding):
+        return shlex.quote(word)
+    letters = word.rstrip("\n")
+    ends = word[len(letters) :]  # at its end the shell leaves out what printf makes
+    parts = [f'"$(printf {shlex.quote("".join(for_printf(letter, encoding) for letter in letters))})"'] * bool(letters)
+    return "".join(parts + [shlex.quote(ends)] * bool(ends))
+
+
+def for_printf(letter: str, encoding: str) -> str:
+    """A letter in printf's format: itself, or its bytes in octal. An interactive shell expands ! in double quotes."""
+    if shown(letter, encoding) and letter not in "%\\!":
+        return letter
+    return "".join(f"\\{byte:03o}" for byte in os.fsencode(letter))
+
+
+def shown(text: str, encoding: str) -> bool:
+    """Whether it consists of letters that can be shown in the encoding."""
+    return text.isprintable() and text == text.encode(encoding, "ignore").decode(encoding)
 
 
 def how_close(exact: bool) -> str:
@@ -42,15 +78,18 @@ def how_close(exact: bool) -> str:
     )
 
 
-def description(path: str, defaults: dict[str, Any]) -> str:
-    """How a picture was made, in lines, with a command that makes it again. Raises UserError if it does not say."""
+def description(path: str, defaults: dict[str, Any], encoding: str) -> str:
+    """How a picture was made, in lines to be shown in this encoding, with a command that makes it again.
+
+    Raises UserError if it does not say.
+    """
     made = read_made(path)
     try:
         # 0.2.0 wrote the command itself.
-        command = made.pop("command") if "command" in made else command_again(made, defaults)
+        command = made.pop("command") if "command" in made else command_again(made, defaults, encoding)
         at = f" at {made['at']}" if "at" in made else ""
         explained = f"this {how_close(made['exact'])}, as its iteration {made['iteration']}{at}:"
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"'{path}' does not say how it was made, or not all of it") from error
-    lines = [f"{name}: {value}" for name, value in made.items() if isinstance(value, str | float | int)]
+    lines = [printable(f"{name}: {value}") for name, value in made.items() if isinstance(value, str | float | int)]
     return "\n".join([*lines, explained, command])

@@ -3,16 +3,34 @@
 import contextlib
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from .messages import Stream
 from .records import Iteration
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def console_for(quiet: bool) -> "Console":
+    """Where results are shown, as they are: a PREFIX may look like Rich's names of pictures.
+
+    What stdout is, it is itself asked: by FORCE_COLOR and others like it Rich takes a file or a pipe for a terminal,
+    and in 0 columns, as COLUMNS may say, it shows nothing.
+    """
+    from rich.console import Console
+
+    stdout = Stream("stdout")
+    looks: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False, "emoji": False}
+    is_terminal = stdout.isatty() and os.environ.get("TTY_COMPATIBLE") != "0"
+    if "COLUMNS" in os.environ or "LINES" in os.environ:  # or else it follows the terminal's size
+        looks["width"], looks["height"] = shutil.get_terminal_size()
+    return Console(file=cast(TextIO, stdout), quiet=quiet, force_terminal=is_terminal, force_jupyter=False, **looks)
 
 
 @contextlib.contextmanager
@@ -22,7 +40,7 @@ def progress_bar(
     """A bar for the evaluations at each size, and the function that moves it, told the size, their number and the loss.
 
     totals: the iterations at each size, the last being the picture's own; each has so many steps. photo: its name, of
-    many. On anything but a terminal it shows nothing.
+    many. On anything but a terminal that can move its cursor it shows nothing.
     """
     from rich import progress
 
@@ -30,10 +48,11 @@ def progress_bar(
     # longer than Rich looks back by itself.
     left = progress.TimeRemainingColumn(), "left"
     columns = "{task.description}", progress.BarColumn(), "{task.fields[news]}", *left
-    shown = console.is_terminal and not console.quiet
-    with progress.Progress(
-        *columns, console=console, transient=True, disable=not shown, speed_estimate_period=math.inf
-    ) as bar:
+    shown = console.is_terminal and console.is_interactive and not (console.is_dumb_terminal or console.quiet)
+    options: dict[str, Any] = {"transient": True, "disable": not shown, "speed_estimate_period": math.inf}
+    # What goes to stderr is written above the bar where both are the terminal; in a file it belongs.
+    options |= {"console": console, "redirect_stderr": Stream("stderr").isatty()}
+    with progress.Progress(*columns, **options) as bar:
         task = bar.add_task("getting ready", total=None, news="")
         shown_size: tuple[int, int] | None = None
 

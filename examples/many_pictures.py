@@ -10,74 +10,140 @@ decides how many jobs run at a time, each with as many cores as it would have he
 """
 
 import argparse
+import importlib.util
 import os
 import shlex
 import sys
 from pathlib import Path
 
-import ray
-
 FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
+import deepstyle  # noqa: E402, it is not installed but lies above
+from deepstyle_support.messages import UserError, printable, say, tell  # noqa: E402
 
 
 def paint(content: str, style: str, out: str, threads: int, options: dict) -> str:
-    """One job, in a process of its own: `out` is its last picture, and is returned."""
+    """One job, in a process of its own: `out` is its last picture. Returns why there is none, in words.
+
+    It raises nothing: Ray's text of an error cannot have a name that is no UTF-8, and the worker would die of it.
+    """
     os.environ["TF_NUM_INTRAOP_THREADS"] = str(threads)
     sys.path.insert(0, str(FOLDER))
     from PIL import Image
 
     import deepstyle
     from deepstyle_support.disk import write_whole
+    from deepstyle_support.messages import UserError
     from deepstyle_support.profiles import png_tags
 
-    pictures = (deepstyle.read_picture(path)[0] for path in (content, style))
-    *_, last = deepstyle.stylize(*pictures, **options)
-    write_whole(Path(out), lambda file: Image.fromarray(last.picture).save(file, format="PNG", pnginfo=png_tags()))
-    return out
+    try:
+        pictures = (deepstyle.read_picture(path)[0] for path in (content, style))
+        picture = None
+        for iteration in deepstyle.stylize(*pictures, **options):
+            picture = Image.fromarray(iteration.picture)
+        if not picture:
+            return "the optimiser finds no better picture than the content"
+        write_whole(Path(out), lambda file: picture.save(file, format="PNG", pnginfo=png_tags()))
+        return ""
+    except Exception as error:
+        return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def jobs_in(path: Path, results: Path) -> tuple[list[tuple[str, str, str, str]], list[str]]:
+    """(line, content, style, picture to make) of each line whose picture is not there; and what is wrong with others.
+
+    A name in the list may be no text in any encoding, as on the disk. Raises UserError if the list cannot be read.
+    """
+    try:
+        lines = path.read_text("utf-8-sig", "surrogateescape").split("\n")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file '{path}'") from error
+    except OSError as error:
+        raise UserError(f"cannot read the list '{path}': {error.strerror}") from error
+    jobs, wrong = [], []
+    for number, line in enumerate(lines, 1):
+        out = os.path.abspath(results / f"{number}.png")
+        if line.strip() and not os.path.exists(out):
+            try:
+                content, style = map(os.path.abspath, shlex.split(line))
+                jobs.append((line, content, style, out))
+            except ValueError:
+                wrong.append(f"line {number}, '{line}': it must be CONTENT STYLE")
+    return jobs, wrong
+
+
+def paint_all(jobs: list[tuple[str, str, str, str]], threads: int, workers: int, options: dict) -> int:
+    """Paint them all, and say how each ended. Returns how many failed. Raises UserError if Ray cannot start."""
+    import ray
+
+    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    here = {} if on_cluster else {"num_cpus": threads * workers, "include_dashboard": False}
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", **here)
+    except Exception as error:  # Ray raises anything here
+        raise UserError(f"Ray cannot start: {' '.join(str(error).split())}", status=1) from error
+    failed = 0
+    try:
+        task = ray.remote(num_cpus=threads, max_calls=1, max_retries=1)(paint)
+        running = {task.remote(*paths, threads, options): (line, paths[-1]) for line, *paths in jobs}  # type: ignore[call-arg]
+        while running:
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            line, out = running.pop(done)
+            try:
+                failure = ray.get(done)
+            except ray.exceptions.RayError as error:  # of a worker that died
+                failure = str(error)
+            if failure:
+                failed += 1
+                tell(printable(f"failed: {line}: {' '.join(failure.split())}"))
+            else:
+                say(out)
+    finally:
+        ray.shutdown()
+    return failed
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = deepstyle.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("jobs", type=Path, help="a text file, a line per picture: CONTENT STYLE")
     parser.add_argument("results", type=Path, help="the folder for the pictures")
     parser.add_argument("--workers", type=int, default=1, help="jobs at a time on this machine, which share its cores")
     parser.add_argument("--image_size", type=int, default=400)
     parser.add_argument("--num_iter", type=int, default=10)
     parser.add_argument("--weights")
-    arguments = parser.parse_args(argv)
-    if arguments.workers < 1:
-        parser.error("--workers must be 1 or more")
-    if not arguments.jobs.is_file():
-        parser.error(f"there is no file '{arguments.jobs}'")
-    if arguments.results.exists() and not arguments.results.is_dir():
-        parser.error(f"'{arguments.results}' is no folder")
-    arguments.results.mkdir(parents=True, exist_ok=True)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """All of the list. Returns how many lines failed. Raises UserError for what is wrong before any is begun."""
     options = {name: getattr(arguments, name) for name in ("image_size", "num_iter", "weights")}
-    threads = max(1, os.cpu_count() // arguments.workers)
-    here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": threads * arguments.workers, "include_dashboard": False}
-    jobs, failed = [], 0
-    for number, line in enumerate(arguments.jobs.read_text().splitlines(), 1):
-        out = (arguments.results / f"{number}.png").resolve()
-        if line.strip() and not out.exists():
-            try:
-                content, style = (str(Path(path).resolve()) for path in shlex.split(line))
-                jobs.append((line, content, style, str(out)))
-            except ValueError:
-                failed += 1
-                print(f"failed: line {number}, '{line}': it must be CONTENT STYLE", file=sys.stderr)
-    with ray.init(**here):
-        task = ray.remote(num_cpus=threads, max_calls=1, max_retries=1)(paint)
-        running = {task.remote(*paths, threads, options): line for line, *paths in jobs}  # type: ignore[call-arg]
-        while running:
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            line = running.pop(done)
-            try:
-                print(ray.get(done), flush=True)
-            except ray.exceptions.RayError as error:  # also of a worker that died
-                failed += 1
-                print(f"failed: {line}: {getattr(error, 'cause', None) or error}", file=sys.stderr)
-    return 1 if failed else 0
+    deepstyle.Settings(**options)
+    if arguments.workers < 1:
+        raise UserError("--workers must be 1 or more")
+    if os.path.exists(arguments.results) and not os.path.isdir(arguments.results):
+        raise UserError(f"'{arguments.results}' is no folder")
+    jobs, wrong = jobs_in(arguments.jobs, arguments.results)
+    if not importlib.util.find_spec("ray"):
+        raise UserError(f"this needs the package ray; '{sys.executable} -m pip install ray' brings it")
+    try:
+        arguments.results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder '{arguments.results}': {error.strerror}") from error
+    for line in wrong:
+        tell(printable(f"failed: {line}"))
+    threads = max(1, (os.cpu_count() or 1) // arguments.workers)
+    return len(wrong) + (paint_all(jobs, threads, arguments.workers, options) if jobs else 0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return 1 if run(command_line().parse_args(argv)) else 0
+    except KeyboardInterrupt:
+        tell("interrupted; the same command paints what is not there yet")
+        return 130
+    except UserError as error:
+        tell(f"error: {error}")
+        sys.exit(error.status)
 
 
 if __name__ == "__main__":

@@ -331,3 +331,37 @@ def test_gradient_that_is_not_finite_names_the_part(untrained):
     objective._two_passes = broken
     with pytest.raises(deepstyle.UserError, match="summed loss is no longer finite"):
         objective.evaluate(x)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"content": smooth_picture(1, 32, 32) / 255}, "the content picture's numbers are float64"),
+        ({"style": []}, "there is no style picture"),
+        ({"style": [smooth_picture(1, 32, 32), smooth_picture(1, 32, 32).tolist()]}, "the style 2 picture is of the"),
+        ({"content_mask": np.ones((9, 9))}, "the content mask's numbers are float64"),
+        ({"style_masks": [np.ones((9, 9), int)]}, "the style mask's numbers are int64"),
+        ({"content": smooth_picture(1, 15, 40)}, r"the content picture's shape is \(15, 40, 3\); conv5_2 needs 16"),
+        ({"style": smooth_picture(1, 40, 8)}, r"the style picture's shape is \(40, 8, 3\); conv5_1 needs 16 pixels"),
+        ({"content": smooth_picture(1, 7, 40), "content_layer": "conv4_1", "style_weight": 0}, "conv4_1 needs 8"),
+        ({"weights": ""}, "--weights is ''"),
+        ({"weights": 5}, "--weights is 5"),
+        ({"content_weight": None}, "--content_weight is None"),
+    ],
+)
+def test_an_objective_of_something_else_is_refused_with_what_it_is(untrained, given, said):
+    content, style = smooth_picture(1, 32, 32), smooth_picture(2, 32, 32)
+    given = {"content": content, "style": style, "weights": untrained, **given}
+    with pytest.raises(deepstyle.UserError, match=said):
+        deepstyle.Objective(given.pop("content"), given.pop("style"), **given)
+
+
+def test_an_objective_refuses_what_is_not_of_the_contents_shape(untrained):
+    content = smooth_picture(1, 16, 20)
+    options = {"content_weight": np.float32(0), "style_layers": ["conv1_1"], "style_layer_weights": np.array([1])}
+    objective = deepstyle.Objective(content, smooth_picture(2, 2, 3), **options, weights=untrained)
+    x = deepstyle.to_input_space(content)
+    assert objective(x)[1].shape == x.shape
+    for wrong in (x[:8], x[..., 0], np.dstack([x, x]), x.tolist(), None, x.ravel()):
+        with pytest.raises(deepstyle.UserError, match=r"x is no array of the content's shape, \(16, 20, 3\)"):
+            objective(wrong)

@@ -1,6 +1,9 @@
 """The command line: flags, messages, exit statuses, files."""
 
+import json
 import os
+import pathlib
+import pty
 import re
 import signal
 import subprocess
@@ -13,8 +16,11 @@ import numpy as np
 import pytest
 from conftest import SMALL
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import deepstyle
+from deepstyle_support.messages import tell
+from deepstyle_support.terminal import console_for, progress_bar
 
 SCRIPT = Path(deepstyle.__file__)
 
@@ -136,8 +142,6 @@ def test_early_end_is_said(picture_files, tmp_path, capfd):
 
 
 def test_terminal_gets_a_progress_bar(picture_files, tmp_path):
-    import pty
-
     shell, terminal = pty.openpty()
     environment = {"TERM": "xterm", "COLUMNS": "100", "PATH": ""}
     run = forked.start(*picture_files, tmp_path / "a", *SMALL, env=environment, terminal=terminal)
@@ -177,3 +181,211 @@ def test_what_windows_does_not_have_is_done_without(picture_files, tmp_path, mon
 def test_a_prefix_that_ends_in_the_systems_own_separator_is_a_folder(monkeypatch):
     monkeypatch.setattr(os, "sep", "\\")
     assert deepstyle.base_path("out\\").name == "result_image"
+
+
+TERMINALS = (
+    "FORCE_COLOR",
+    "TTY_INTERACTIVE",
+    "TTY_COMPATIBLE",
+    "CLICOLOR_FORCE",
+    "NO_COLOR",
+    "TERM",
+    "COLUMNS",
+    "LINES",
+)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets what programs take a terminal for, and nothing besides."""
+
+    def only(given):
+        for name in TERMINALS:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in {"TERM": "xterm", **given}.items():
+            monkeypatch.setenv(name, value)
+
+    return only
+
+
+def show_a_bar_and_a_line():
+    """What a run shows, on the stdout that there is."""
+    console = console_for(quiet=False)
+    with progress_bar(console, {(32, 42): 1}, 20) as advance:
+        advance((32, 42), 7, 12.5)
+        tell("a note")
+        console.print("iteration 1/1")
+
+
+FORCED = [{"FORCE_COLOR": "1"}, {"TTY_INTERACTIVE": "1"}, {"TTY_COMPATIBLE": "1"}, {"COLUMNS": "0"}]
+
+
+@pytest.mark.parametrize("given", [*FORCED, {"FORCE_COLOR": "3", "TTY_INTERACTIVE": "1", "CLICOLOR_FORCE": "1"}])
+def test_a_file_gets_the_lines_and_no_escape_codes(given, environment, capfd):
+    environment(given)
+    show_a_bar_and_a_line()
+    assert capfd.readouterr() == ("iteration 1/1\n", "deepstyle: a note\n")
+
+
+@pytest.mark.parametrize("given", [{}, {"FORCE_COLOR": ""}, {"NO_COLOR": "1"}, {"COLUMNS": "0"}, {"COLUMNS": "\u00b2"}])
+def test_a_terminal_gets_a_bar_above_which_the_lines_are(given, environment, monkeypatch):
+    environment(given)
+    shown = shown_on_a_terminal(monkeypatch, show_a_bar_and_a_line)
+    assert "loss 12.5" in shown
+    assert "\x1b[" in shown
+    assert "iteration 1/1\r\n" in shown
+    assert ("\x1b[3" in shown) == ("NO_COLOR" not in given)
+
+
+@pytest.mark.parametrize("given", [{"TERM": "dumb"}, {"TTY_COMPATIBLE": "0"}, {"TTY_INTERACTIVE": "0"}])
+def test_a_terminal_that_cannot_move_its_cursor_gets_the_lines_alone(given, environment, monkeypatch):
+    environment(given)
+    assert shown_on_a_terminal(monkeypatch, show_a_bar_and_a_line) == "iteration 1/1\r\n"
+
+
+def test_a_bar_takes_nothing_from_what_is_written_to_stderr(environment, monkeypatch, capfd):
+    environment({})
+    assert "a note" not in shown_on_a_terminal(monkeypatch, show_a_bar_and_a_line)
+    assert capfd.readouterr().err == "deepstyle: a note\n"
+
+
+def shown_on_a_terminal(monkeypatch, show):
+    """What show() writes to a stdout that is a terminal."""
+    shell, terminal = pty.openpty()
+    with os.fdopen(terminal, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        show()
+        stdout.flush()
+        shown = read_available(shell)
+    os.close(shell)
+    return shown.decode()
+
+
+def test_who_stops_reading_gets_no_complaint_and_the_same_status(picture_files):
+    reading, nobody_reads = os.pipe()
+    os.close(reading)
+    gone: dict = {"stdout": nobody_reads, "stderr": subprocess.PIPE}
+    Image.open(picture_files[0]).save(picture_files[0], pnginfo=made_somehow())
+    commands = [
+        (["--help"], gone, 0),
+        (["--version"], gone, 0),
+        (["--describe", picture_files[0]], gone, 0),
+        (["--help"], gone | {"env": os.environ | {"PYTHONUNBUFFERED": "1"}}, 0),
+        (["--no_such_flag", "--debug"], {"stdout": subprocess.PIPE, "stderr": nobody_reads}, 2),
+    ]
+    runs = [subprocess.Popen([sys.executable, str(SCRIPT), *flags], **where) for flags, where, _ in commands]
+    os.close(nobody_reads)
+    for run, (_, _, status) in zip(runs, commands, strict=True):
+        assert [text for text in run.communicate() if text] == []
+        assert run.returncode == status
+
+
+def made_somehow():
+    """The text of a picture that says how it was made."""
+    arguments = deepstyle.command_line().parse_args(["c.png", "s.png", "out"])
+    made = deepstyle.how_it_is_made(arguments, deepstyle.Settings(), deepstyle.Plan(None, 10, 0, 0))
+    text = PngInfo()
+    text.add_itxt("Software", "deepstyle")
+    text.add_itxt("deepstyle", json.dumps(made | {"exact": True, "iteration": 1}))
+    return text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["--describe", "made.png"]])
+def test_an_answer_that_a_full_disk_does_not_take_is_told(tmp_path, monkeypatch, capfd, arguments):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 4)).save("made.png", pnginfo=made_somehow())
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert deepstyle.main(arguments) == 1
+    assert capfd.readouterr().err == "deepstyle: error: cannot write to stdout: No space left on device\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["--describe", "none.png", "--debug"]])
+def test_without_stdout_and_stderr_there_is_still_a_status(monkeypatch, arguments):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert deepstyle.main(arguments) == (2 if "none.png" in arguments else 0)
+
+
+def test_a_traceback_goes_to_stderr_or_nowhere(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert deepstyle.main(["--no_such_flag", "--debug"]) == 2
+    assert capfd.readouterr() == ("", "")
+
+
+NAMES = ["log", "animation", "report", "tensorboard", "weights", "init_image", "background"]
+
+
+@pytest.mark.parametrize("flag", [*NAMES, "content_mask", "color_mask", "style_masks", "describe", "tile", "model"])
+def test_an_empty_name_is_an_error_and_not_the_same_as_none(picture_files, tmp_path, capsys, flag):
+    before = sorted(tmp_path.rglob("*"))
+    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *SMALL, f"--{flag}", ""]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"--{flag}" in said or "cannot read the picture ''" in said
+    assert "''" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "kept"),
+    [
+        ("image_size", np.int64(32), 32),
+        ("seed", np.uint8(3), 3),
+        ("content_weight", np.float32(0.5), 0.5),
+        ("content_weight", 1, 1.0),
+        ("style_weight", np.array([1, 2]), (1.0, 2.0)),
+        ("coarse_iter", np.array(3), (3,)),
+        ("content_layer", np.str_("block4_conv2"), ("conv4_2",)),
+        ("content_layer", np.array(["conv4_2", "conv5_1"]), ("conv4_2", "conv5_1")),
+        ("maintain_aspect_ratio", np.bool_(False), False),
+        ("maintain_aspect_ratio", "False", False),
+        ("rescale_image", 1, True),
+        ("preserve_color", np.bool_(True), "luma"),
+        ("preserve_color", "no", False),
+        ("tile", np.int64(64), "64"),
+        ("init_image", pathlib.Path("a.png"), "a.png"),
+        ("weights", pathlib.Path("a.h5"), "a.h5"),
+        ("model", np.str_("vgg19"), "vgg19"),
+    ],
+)
+def test_settings_are_pythons_own_whatever_they_are_given_as(name, given, kept):
+    found = getattr(deepstyle.Settings(**{name: given}), name)
+    assert repr(found) == repr(kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("image_size", None, "--image_size is None; it must be a whole number"),
+        ("image_size", True, "--image_size is True; it must be a whole number"),
+        ("image_size", "32", "--image_size is '32'; it must be a whole number"),
+        ("image_size", np.float32(32), "it must be a whole number"),
+        ("num_iter", 1.5, "--num_iter is 1.5; it must be a whole number"),
+        ("seed", [1], "it must be a whole number"),
+        ("content_weight", None, "--content_weight is None; it must be a number"),
+        ("content_weight", 1j, "it must be a number"),
+        ("content_weight", np.float32("nan"), "--content_weight is nan; it must be 0 or more, and finite"),
+        ("content_weight", 10**400, "--content_weight is inf"),
+        ("style_weight", [[1]], "it must be a number"),
+        ("style_weight", [None], "--style_weight is None; it must be a number"),
+        ("style_layers", [], "--style_layers names no layer"),
+        ("content_layer", None, "--content_layer is None; it must be text"),
+        ("content_layer", 5, "--content_layer is 5; it must be text"),
+        ("maintain_aspect_ratio", None, "it must be True or False"),
+        ("maintain_aspect_ratio", 2, "it must be True or False"),
+        ("preserve_color", None, "--preserve_color is 'None'; it must be one of False, luma, match"),
+        ("preserve_color", np.zeros(2), "it must be one of False, luma, match"),
+        ("model", ["vgg16"], "it must be text"),
+        ("init_image", None, "--init_image is None; it must be text"),
+        ("background", (255, 0, 0), "it must be text"),
+        ("weights", {"conv1_1": np.zeros(999)}, "it must be text"),
+        ("tile", None, "--tile is 'None'"),
+        ("tile", "9" * 5000, "of up to 9 digits"),
+    ],
+)
+def test_a_setting_of_another_kind_is_refused_by_name(name, given, said):
+    with pytest.raises(deepstyle.UserError) as refused:
+        deepstyle.Settings(**{name: given})
+    assert str(refused.value).startswith(f"--{name}")
+    assert said in str(refused.value)

@@ -84,6 +84,84 @@ def test_a_picture_says_how_it_was_made_and_the_command_makes_it_again(picture_f
     np.testing.assert_array_equal(pixels(tmp_path / "a_at_iteration_2.png"), pixels(tmp_path / "b_at_iteration_2.png"))
 
 
+HOSTILE = [
+    "-c.png",
+    "-",
+    "--quiet",
+    "-5",
+    "a b",
+    "it's",
+    "$HOME",
+    "`id`",
+    '"',
+    "a\nb",
+    "ends\n\n",
+    "\n",
+    "\t",
+    "~",
+    "*",
+    "None",
+]
+HOSTILE += ["caf\udce9.png", "-\udcff\n", "100%\\n!\udcff'", "\x1b[31m", "日本.png", "é\u3000é", "\U0001f600"]
+
+
+def commands_of_hostile_names(encoding):
+    """For each name the command of a run whose files are all called so."""
+    defaults = dataclasses.asdict(Settings())
+    settings = {name: defaults | {"init_image": name, "weights": name} for name in HOSTILE}
+    for name in HOSTILE:
+        made: dict = {"pictures": [name, name], "prefix": name}
+        made |= {"masks": {"content_mask": name, "style_masks": [name, name]}}
+        made |= {"settings": settings[name], "allow_large": False, "backend": "tensorflow"}
+        yield command_again(json.loads(json.dumps(made)), defaults, encoding)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_command_runs_in_a_shell_and_means_the_same_files_whatever_they_are_called(encoding):
+    to_python = "python() { for a; do printf '%s\\0' \"$a\"; done; printf '\\0'; }\n"
+    script = "\n".join([to_python, *commands_of_hostile_names(encoding)]).encode(encoding)
+    ran = subprocess.run(["sh"], input=script, capture_output=True, check=True)
+    assert ran.stderr == b""
+    runs = ran.stdout.split(b"\0\0")[:-1]
+    for name, run in zip(HOSTILE, runs, strict=True):
+        parsed = deepstyle.command_line().parse_args([os.fsdecode(one) for one in run.split(b"\0")][1:])
+        named = [parsed.content, *parsed.style, parsed.prefix, parsed.content_mask, *parsed.style_masks]
+        named += [parsed.weights, parsed.init_image]
+        assert {os.path.normpath(one) for one in named} == {os.path.normpath(name)}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_command_is_of_letters_that_can_be_copied_from_the_terminal(encoding):
+    for command in commands_of_hostile_names(encoding):
+        assert command.replace("\n", "").isprintable()
+        assert command.encode(encoding).decode(encoding) == command
+
+
+def test_what_describe_prints_makes_a_picture_of_oddly_named_files_again(picture_files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content, prefix = "-caf\udce9 $1\n.png", "--out\udcff"
+    os.rename(picture_files[0], content)
+    command = [f"./{content}", "style.png", f"./{prefix}", "--num_iter", "1", *SMALL[:4], f"--content_mask={content}"]
+    assert deepstyle.main(command) == 0
+    before = pixels(f"./{prefix}_at_iteration_1.png")
+    said = describe(f"./{prefix}_at_iteration_1.png", capsys)
+    script = "python() { printf '%s\\0' \"$@\"; }\n" + said.splitlines()[-1]
+    ran = subprocess.run(["sh"], input=script.encode(), capture_output=True, check=True)
+    again = [os.fsdecode(one) for one in ran.stdout.split(b"\0")[1:-1]]
+    assert deepstyle.main([*again, "--overwrite"]) == 0
+    np.testing.assert_array_equal(pixels(f"./{prefix}_at_iteration_1.png"), before)
+
+
+def test_describe_writes_no_line_or_escape_code_of_a_name(tmp_path, capsys):
+    text = PngInfo()
+    text.add_itxt("Software", "deepstyle\x1b[31m\nmade by: someone else")
+    text.add_itxt("deepstyle", json.dumps({"command": "python", "exact": True, "iteration": 1, "prefix": "a\nb"}))
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=text)
+    lines = describe(tmp_path / "a.png", capsys).splitlines()
+    assert lines[0] == "made with: deepstyle?[31m?made by: someone else"
+    assert "prefix: a?b" in lines
+
+
 def test_the_command_has_the_plan_that_was_made_and_not_the_memory_it_was_made_for(picture_files):
     arguments = deepstyle.command_line().parse_args([*picture_files, "out", "--max_memory", "3", "--allow_large"])
     plan = deepstyle.Plan(tile=512, history=7, needed=0, free=0)

@@ -1,4 +1,6 @@
-"""Reading, resizing, colours, naming and saving."""
+"""Reading, resizing, colours, naming and saving; what may be given as a picture."""
+
+import random
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import deepstyle
-from deepstyle import Settings
+from deepstyle import Pictures, Settings
 from deepstyle_support.pictures import MEAN_BGR, RESAMPLING, enlarge, from_input_space, resize
 from deepstyle_support.transparency import laid_on
 
@@ -144,3 +146,100 @@ def test_greys_are_scaled_by_what_is_white(tmp_path, mode, grey, white):
     assert picture[0, 0, 0] == (127 if white == 2**31 - 1 else 255)
     assert abs(int(picture[1, 0, 0]) - 255 * grey / white * picture[0, 0, 0] / 255) <= 1
     assert picture[2, 0, 0] == 0
+
+
+PICTURE, CLEAR = smooth_picture(1, 40, 50), np.dstack([smooth_picture(2, 40, 50), np.full((40, 50), 99, np.uint8)])
+HALF = np.repeat(np.uint8([[0, 255]]), 20, axis=0)
+GOOD = [PICTURE, CLEAR, PICTURE[::-1, ::-1], np.asfortranarray(PICTURE), PICTURE[..., ::-1]]
+GOOD_MASKS = [HALF, HALF == 255, np.dstack([HALF] * 3), HALF[::-1, ::-1]]
+BAD = {
+    "numbers are float64": [PICTURE / 255, PICTURE.astype(float), CLEAR / 255, np.full((40, 50, 3), np.nan)],
+    "numbers are int64": [PICTURE.astype(np.int64), np.array(PICTURE.tolist(), np.int64)],
+    "numbers are bool": [PICTURE > 99],
+    "numbers are uint16": [PICTURE.astype(np.uint16)],
+    "numbers are object": [PICTURE.astype(object)],
+    "shape is": [PICTURE[..., 0], PICTURE[..., :2], PICTURE[None], PICTURE[0], np.array("a"), np.zeros((4, 5, 6))],
+    "more than a single pixel": [PICTURE[:0], PICTURE[:, :0], PICTURE[:1, :1]],
+    "of the type list": [PICTURE.tolist()],
+    "of the type Image": [Image.fromarray(PICTURE)],
+    "of the type str": ["a.png"],
+    "of the type NoneType": [None],
+}
+BAD_MASKS = {
+    "mask's numbers are float64": [np.ones((4, 4)), HALF / 255],
+    "mask's numbers are int64": [HALF.astype(np.int64)],
+    "mask's shape is": [HALF[..., None], CLEAR, np.uint8(255) * np.ones(3, np.uint8), HALF[None]],
+    "more than a single pixel": [HALF[:0], HALF[:1, :1]],
+    "mask is of the type": [Image.fromarray(HALF), "a.png", 1, HALF.tolist()],
+    "all black": [HALF * 0, HALF > 255],
+}
+KINDS = {"content": (GOOD, BAD), "style": (GOOD, BAD), "content_mask": (GOOD_MASKS, BAD_MASKS)}
+
+
+@pytest.fixture
+def begin(monkeypatch, untrained):
+    """Begins to stylize, up to the first evaluation."""
+    monkeypatch.setattr(deepstyle, "load_weights", lambda *named: (untrained, ""))
+
+    def with_pictures(content=PICTURE, style=PICTURE, **options):
+        return deepstyle.stylize(content, style, **{"image_size": 32, **options})
+
+    return with_pictures
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "given"),
+    [(name, said, one) for name, (_, bad) in KINDS.items() for said, several in bad.items() for one in several],
+)
+def test_what_is_no_picture_is_refused_with_what_it_is(begin, name, said, given):
+    if name == "style":
+        given = [given, PICTURE]
+    with pytest.raises(deepstyle.UserError, match=said) as refused:
+        begin(**{name: given})
+    assert name.split("_")[0] in str(refused.value)
+
+
+def test_without_a_style_there_is_nothing_to_paint(begin):
+    several: tuple = [], (), None, iter([])
+    for nothing in several:
+        with pytest.raises(deepstyle.UserError, match="there is no style picture"):
+            begin(style=nothing)
+
+
+def test_a_mask_of_bool_is_one_of_0_and_255():
+    given = Pictures(PICTURE, (PICTURE,), (HALF == 255,), HALF == 255, HALF == 255)
+    for mask in (given.content_mask, given.color_mask, *given.style_masks):
+        np.testing.assert_array_equal(mask, HALF)
+        assert mask.dtype == np.uint8
+
+
+def test_a_single_style_or_mask_needs_no_list(begin):
+    begin(style=PICTURE, style_masks=HALF)
+    begin(style=(one for one in [PICTURE, CLEAR]), style_masks=[HALF, HALF])
+    begin(style_masks=None)
+
+
+def test_a_picture_in_any_order_in_memory_is_the_same():
+    for order in (np.asfortranarray(PICTURE), PICTURE[::-1][::-1], np.repeat(PICTURE, 2, axis=1)[:, ::2]):
+        assert Pictures(order, (order,)).digests() == Pictures(PICTURE, (PICTURE,)).digests()
+        np.testing.assert_array_equal(resize(order, (20, 30)), resize(PICTURE, (20, 30)))
+
+
+VALUES = [0, 1, 2, -1, 0.5, 40, np.int64(32), np.float32(2), np.bool_(True), None, "", "1", "true", "luma", [], [1, 2]]
+VALUES += [np.array([1.0, 2]), "conv4_2", ["conv1_1", "conv2_1"], "keep", "red", float("nan"), 1j, b"x", 10**400, {}]
+
+
+def test_whatever_is_given_stylize_begins_or_says_what_is_wrong(begin):
+    chance, begun = random.Random(0), 0
+    names = list(vars(Settings()))
+    for _ in range(400):
+        given = {name: chance.choice(VALUES) for name in chance.sample(names, chance.choice([0, 0, 1, 1, 2]))}
+        for name, (good, bad) in KINDS.items():
+            wrong = [one for several in bad.values() for one in several]
+            given[name] = chance.choice(wrong if chance.random() < 0.1 else good)
+        given["style"] = chance.choice([given["style"], [given["style"]], [given["style"], PICTURE]])
+        try:
+            begun += bool(begin(**given))
+        except deepstyle.UserError as error:
+            assert "\n" not in str(error)
+    assert 50 < begun < 350
