@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import http.server
+import io
 import os
 import random
 import shutil
@@ -350,15 +351,18 @@ def with_a_bit_flipped(good):
 
 
 def of_a_million_million_rows(good):
-    """As the file says of its first kernel, which has 3."""
-    shape = [number.to_bytes(8, "little") for number in (3, 3, 3, 1)]
-    return good.replace(b"".join(shape), b"".join([(2**40).to_bytes(8, "little"), *shape[1:]]), 1)
+    """With a first kernel that says so of itself, which takes no room in a file."""
+    file = io.BytesIO(good)
+    with h5py.File(file, "r+") as opened:
+        del opened["block1_conv1/block1_conv1_W_1:0"]
+        opened["block1_conv1"].create_dataset("kernel", (2**40, 3, 3, 1), np.float32, chunks=(9, 3, 3, 1))
+    return file.getvalue()
 
 
 DAMAGES = {
     "empty": lambda good: b"",
     "cut": lambda good: good[: len(good) // 2],
-    "without an index": lambda good: good.replace(b"SNOD", b"\0\0\0\0"),
+    "without names": lambda good: good[:2000] + good[2000:].replace(b"HEAP", b"\0\0\0\0"),
     "a bit": with_a_bit_flipped,
     "enormous": of_a_million_million_rows,
 }
