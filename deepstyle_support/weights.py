@@ -14,7 +14,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -241,7 +241,7 @@ def array_in(group: "Group", shape: tuple[int, ...]) -> np.ndarray:
     Damage can make a shape or a type enormous, so that they are compared before memory is taken.
     """
 
-    def wanted(name: str, item: object) -> np.ndarray | None:
+    def wanted(name: str, item: Any) -> np.ndarray | None:
         fits = getattr(item, "shape", None) == shape and item.dtype == np.float32
         return item[()] if fits else None
 
