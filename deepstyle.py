@@ -27,6 +27,9 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+if __name__ == "__main__":  # python -P and -I look for modules in no script's folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 try:
     import numpy as np
     from PIL import Image, ImageColor
@@ -1341,7 +1344,8 @@ def run(
     check_agreement(pictures, settings)  # after the plan: masks of a size that is too large would fill the memory
     outputs.check(input_paths(arguments, settings), saved_size(pictures, settings))
     outputs.check_extras_are_ours()
-    weights, source = (shared.weights, "") if shared else load_weights(settings.weights, settings.seed, settings.model)
+    named = settings.weights, settings.seed, settings.model, arguments.quiet
+    weights, source = (shared.weights, "") if shared else load_weights(*named)
     console = console_for(arguments.quiet)
     show: Callable[[str], None] = (lambda line: None) if shared else console.print
     with outputs.owned():
@@ -1452,7 +1456,7 @@ def run_folder(arguments: argparse.Namespace, settings: Settings) -> int:
             picture_sizes(shape_of(str(photo.path), arguments.allow_large), settings)
     if not batch.left():
         return batch.end()
-    weights, source = load_weights(settings.weights, settings.seed, settings.model)
+    weights, source = load_weights(settings.weights, settings.seed, settings.model, arguments.quiet)
     batch.show(f"painting {len(batch.left())} photos on {describe_device()}; {source}")
     with batch.owned(), signals_as_wishes() as received:
         shared = Shared(beside, free, weights, Reuse(), received)

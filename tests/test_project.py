@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,39 @@ def test_requirements_name_every_package_that_the_program_imports():
     needed = {known.get(name, name) for name in imported - sys.stdlib_module_names - {"deepstyle_support"}} - optional
     named = {re.split("[^a-z0-9]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
     assert needed == named - {"keras"}  # which is imported by its name
+
+
+# Tests that use each package of requirements.txt, and need but a minute or two together.
+WITH_LOWEST = (
+    "test_losses.py",
+    "test_pictures.py",
+    "test_reading.py",
+    "test_report.py::test_the_page_has_the_inputs_the_iterations_and_the_losses",
+    "test_transparency.py",
+    "test_weights.py",
+)
+
+
+@pytest.mark.endurance
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="TensorFlow's lowest version is older than this Python")
+def test_the_lowest_versions_that_requirements_allow_are_enough():
+    requirements = (ROOT / "requirements.txt").read_text()
+    lowest = re.sub(">=([^,]+),.*", r"==\1", requirements)
+    assert lowest.count("==") == len(requirements.splitlines())
+    of_tests = (ROOT / "tests" / "requirements.txt").read_text().splitlines()
+    of_tests = [line for line in of_tests if re.match("pytest>|hypothesis|imageio-ffmpeg|pillow-heif", line)]
+    with tempfile.TemporaryDirectory() as folder:  # 2 GB, which pytest would keep
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, lowest.split()[-1]]
+        if subprocess.run(pip, capture_output=True).returncode:
+            pytest.skip("there is no package index")
+        Path(folder, "lowest.txt").write_text(lowest)
+        subprocess.run([sys.executable, "-m", "venv", f"{folder}/venv"], check=True)
+        python = [f"{folder}/venv/bin/python", "-m"]
+        subprocess.run([*python, "pip", "install", "--quiet", "-r", f"{folder}/lowest.txt", *of_tests], check=True)
+        command = [*python, "pytest", "-q", "-p", "no:cacheprovider", "-m", "not endurance"]
+        tests = [f"tests/{name}" for name in WITH_LOWEST]
+        ended = subprocess.run([*command, *tests], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout
 
 
 def test_every_shipped_picture_has_its_source():

@@ -204,6 +204,55 @@ def test_the_whole_program_runs_from_any_folder(clone):
     assert not (clone / ".venv").exists()
 
 
+@pytest.fixture
+def among_strangers(tmp_path):
+    """A folder that has modules by the names of those that the program needs, and a link to the program."""
+    (tmp_path / "deepstyle_support").mkdir()
+    for name in ("deepstyle_support/__init__.py", "packaging.py"):
+        (tmp_path / name).write_text("raise SystemExit('a stranger')")
+    (tmp_path / "paint.py").symlink_to(ROOT / "deepstyle.py")
+    return tmp_path
+
+
+@pytest.mark.parametrize("program", [ROOT / "deepstyle.py", "paint.py"])
+@pytest.mark.parametrize("option", [[], ["-P"], ["-I"]])
+def test_the_program_finds_its_modules_and_no_others(among_strangers, program, option):
+    if option == ["-P"] and sys.version_info < (3, 11):
+        pytest.skip("Python has -P since 3.11")
+    command = [sys.executable, *option, str(program), "--version"]
+    ended = subprocess.run(command, cwd=among_strangers, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("deepstyle ")
+
+
+@pytest.mark.parametrize("safe", [{}, {"PYTHONSAFEPATH": "1"}])
+def test_run_sh_finds_the_packages_and_the_programs_modules_and_no_others(clone, among_strangers, safe):
+    status, out, err, log = run(clone, "none.jpg", "none.jpg", "out", VIRTUAL_ENV=sys.prefix, **safe)
+    assert (status, out, log) == (2, "", "")  # without an installation
+    assert "error: cannot read the picture 'none.jpg'" in err
+
+
+def test_an_import_of_the_program_changes_no_search_path():
+    code = "import sys; before = list(sys.path); import deepstyle; sys.exit(sys.path != before)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("raised", [("pillow>=", "pillow>=13.99.9,!="), ("jinja2", "no-such-package>=1\njinja2")])
+def test_what_requirements_raise_is_installed(clone, raised):
+    """.venv's interpreter has the packages of the one that runs this."""
+    run(clone, "--setup")
+    own = clone / ".venv" / "bin" / "python"
+    own.write_text(FAKE_PYTHON.replace('[ -e "$here/has_packages" ]', f"exec '{sys.executable}' \"$@\""))
+    assert "-m pip" not in run(clone, "--setup")[3]
+    requirements = (clone / "requirements.txt").read_text().replace(*raised)
+    (clone / "requirements.txt").write_text(requirements)
+    status, out, err, log = run(clone, "--setup")
+    assert (status, out) == (0, f"{own}\n")
+    assert "installing" in err
+    assert "-m pip install" in log
+    assert (clone / ".venv" / "requirements.txt").read_text() == requirements
+
+
 def test_the_environment_never_makes_itself_anew(clone):
     run(clone, "--setup")
     (clone / ".venv" / "bin" / "has_packages").unlink()

