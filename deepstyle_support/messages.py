@@ -5,7 +5,7 @@ import difflib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TextIO
 
 
@@ -56,8 +56,22 @@ def in_words(error: Exception, debug: bool) -> str:
     """What went wrong, in one line; with `debug` its traceback is shown as well."""
     if debug:
         traceback.print_exception(error)
-    message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}; --debug shows where"
-    return " ".join(message.split())
+    return reason(error) + ("" if isinstance(error, UserError) else "; --debug shows where")
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    words = [str(error)] if isinstance(error, UserError) else [type(error).__name__, str(error)]
+    return ": ".join(" ".join(part.split()) for part in words if part)
+
+
+@contextlib.contextmanager
+def told_besides() -> Iterator[None]:
+    """What goes wrong within is told and nothing else: something else is why the run ends."""
+    try:
+        yield
+    except Exception as error:
+        tell(f"besides, {reason(error)}")
 
 
 def tell(message: str) -> None:

@@ -259,7 +259,7 @@ def test_a_folder_is_one_line_that_says_what_paints_it(picture_files, tmp_path, 
 
 def test_workers_find_the_modules_that_this_process_finds(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
-    assert large_picture.environment(1)["PYTHONPATH"].split(os.pathsep)[-1] == "/somewhere/else"
+    assert large_picture.environment(1)["env_vars"]["PYTHONPATH"].split(os.pathsep)[-1] == "/somewhere/else"
 
 
 def test_a_run_of_workers_that_is_not_stopped_is_made_again_by_its_command(workers, untrained):
