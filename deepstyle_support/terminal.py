@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from .messages import Stream
 from .records import Iteration
 
 if TYPE_CHECKING:
@@ -116,10 +117,14 @@ def signals_kept_from_children() -> Iterator[None]:
 
 
 def leave(status: int) -> NoReturn:
-    """End the program. Python's own end takes a while, in which what comes behind a stop would change the status."""
+    """End the program, which has written all that it will; after a stop at once.
+
+    Python and its libraries take seconds to end, in which a signal that comes behind a stop would change the status.
+    """
     if status > 128:
-        for number in stopping():
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+        for name in ("stdout", "stderr"):
+            Stream(name).flush()
+        os._exit(status)
     sys.exit(status)
 
 
