@@ -5,7 +5,7 @@ import difflib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any, TextIO
 
 
@@ -63,15 +63,6 @@ def reason(error: BaseException) -> str:
     """What went wrong, in one line."""
     words = [str(error)] if isinstance(error, UserError) else [type(error).__name__, str(error)]
     return ": ".join(" ".join(part.split()) for part in words if part)
-
-
-@contextlib.contextmanager
-def told_besides() -> Iterator[None]:
-    """What goes wrong within is told and nothing else: something else is why the run ends."""
-    try:
-        yield
-    except Exception as error:
-        tell(f"besides, {reason(error)}")
 
 
 def tell(message: str) -> None:

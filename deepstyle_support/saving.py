@@ -2,10 +2,9 @@
 
 import contextlib
 from collections.abc import Callable, Generator
-from pathlib import Path
 
 from .files import Outputs
-from .messages import reason, tell, told_besides
+from .messages import reason, tell
 from .records import Iteration
 from .terminal import describe_iteration
 
@@ -22,36 +21,45 @@ def save_all(
     What is written at the end of a run is written however it ends. If that fails after another failure, or when the
     person has `stopped` the run, it is told, and what came first is what counts.
     """
-    last = None
+    last = unsaved = None
+
+    def finish() -> None:
+        for path in outputs.finish():
+            show(f"saved {path}")
+
     try:
+        # An evaluation that failed is raised behind a part of an iteration, or when that could not be saved.
         with contextlib.closing(iterations):
             for last in iterations:
                 total = totals[last.state.size]
-                path = save(last, iterations, outputs, last.number == total)
+                try:
+                    path = outputs.save(last, last.number == total)
+                except Exception as error:
+                    unsaved = error
+                    raise
                 show(describe_iteration(last, total, path))
-    except BaseException:
-        with told_besides():
-            outputs.finish()
+    except BaseException as first:
+        tell_besides(first, unsaved, failure_of(outputs.finish))
         raise
-    with told_besides() if stopped() else contextlib.nullcontext():
-        for path in outputs.finish():
-            show(f"saved {path}")
+    if stopped():
+        tell_besides(None, failure_of(finish))
+    else:
+        finish()
     return last
 
 
-def save(
-    iteration: Iteration, iterations: Generator[Iteration, None, None], outputs: Outputs, last: bool
-) -> Path | None:
-    """Save one of the iterations; returns its picture's path. `last`: of those at its size.
-
-    If it is a part of one because an evaluation failed, and cannot be saved either, that evaluation's error is raised.
-    """
+def failure_of(act: Callable[[], object]) -> Exception | None:
+    """What goes wrong with it."""
     try:
-        return outputs.save(iteration, last)
+        act()
     except Exception as error:
-        try:
-            iterations.close()
-        except BaseException:
-            tell(f"besides, {reason(error)}")
-            raise
-        raise
+        return error
+    return None
+
+
+def tell_besides(first: BaseException | None, *others: Exception | None) -> None:
+    """Tell what went wrong after `first`, which is told by whoever it is raised to, unless that says the same."""
+    told = reason(first) if first else ""
+    for said in dict.fromkeys(reason(error) for error in others if error):
+        if said != told:
+            tell(f"besides, {said}")
