@@ -1152,7 +1152,7 @@ def iterations_at(
     clock, given = time.perf_counter(), state.evaluations
     done = given, max(0, state.iteration)
     points = minimise(objective, state.x, on_evaluation, stop, history, *done, settings.optimizer, state.learnt)
-    with contextlib.closing(points):
+    with contextlib.closing(points):  # behind a part of an iteration that raises the failure that it ended with
         if given == 0:
             losses.append(loss_row(next(points).evaluation))
         for accepted in points:
@@ -1184,8 +1184,7 @@ def iterations_at(
             )
             del accepted  # its x is as large as the picture
             clock = time.perf_counter()
-            # Behind a part of an iteration comes why it is one: an evaluation that failed, a stop, or nothing better.
-            if not partial and (number >= most or (full and is_enough(number, improvement, settings))):
+            if number >= most or (full and is_enough(number, improvement, settings)):
                 return
 
 

@@ -87,11 +87,12 @@ class Workers:
         self.began, on_sigterm = True, signal.getsignal(signal.SIGTERM)
         try:
             with signals_kept_from_children():
-                context = ray.init(**options)
+                context: Any = ray.init(**options)
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process without a word
-            self.logs = Path(context.address_info["session_dir"], "logs")
+            self.logs = None if on_cluster() else Path(context.address_info["session_dir"], "logs")
         except Exception as error:  # Ray raises anything here
-            raise UserError(f"Ray cannot start: {str(error).strip().splitlines()[0]}", status=1) from error
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"Ray cannot start: {first}", status=1) from error
         machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
         self.on_gpus = any(machine.get("GPU") for machine in machines)
         self.threads = threads_each(self.number, machines)
@@ -152,7 +153,7 @@ class Workers:
         except ray.exceptions.RayError as error:
             self.deaths += 1
             if self.deaths > DEATHS * self.number:
-                last = str(error).strip().splitlines()[-1]
+                last = (str(error).strip() or type(error).__name__).splitlines()[-1]
                 raise UserError(f"no worker is left: {self.deaths} died one after another; {last}", status=1) from error
             self.add()
             if number is not None:
