@@ -460,11 +460,11 @@ def full_disk(*given):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("name", ["write_animation", "write_whole"])
+@pytest.mark.parametrize("name", ["write_animation", "write_whole", "Outputs._write_state"])
 def test_what_fails_on_top_of_a_failure_is_told_and_hides_nothing(picture_files, tmp_path, monkeypatch, capfd, name):
     command = [*picture_files, str(tmp_path / "a"), *FULL, "--num_iter", "1", "--animation", f"{tmp_path}/a.gif"]
     Valley(monkeypatch, 9, UserError("on purpose", 1))
-    monkeypatch.setattr(files, name, full_disk)
+    monkeypatch.setattr(f"deepstyle_support.files.{name}", full_disk)
     assert deepstyle.main(command) == 1
     *besides, last = capfd.readouterr().err.splitlines()
     assert last == "deepstyle: error: on purpose"
@@ -510,6 +510,7 @@ def test_a_stop_may_arrive_as_several_signals(heeded, picture_files, tmp_path, m
         return evaluate(x)
 
     valley.evaluate = stop
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("it left at once"))
     assert deepstyle.main([*picture_files, str(tmp_path / "a"), *FULL, "--optimizer", "device"]) == 128 + sent[0]
     assert capfd.readouterr().err.startswith("deepstyle: stopped within iteration 1; its picture so far is saved, ")
     assert not list(tmp_path.glob(".*"))
