@@ -23,6 +23,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -72,11 +73,12 @@ try:
     from deepstyle_support.records import Ending, Iteration, State
     from deepstyle_support.report import check_index, held_for_report
     from deepstyle_support.reuse import Reuse
+    from deepstyle_support.saving import save_all
     from deepstyle_support.terminal import (
         console_for,
-        describe_iteration,
         describe_stop,
         fill_closed_descriptors,
+        leave,
         progress_bar,
         signals_as_wishes,
     )
@@ -859,14 +861,16 @@ def minimise(
     """The start, then the accepted point after every 20 evaluations, until the caller has had enough.
 
     start: (H, W, 3) float in input space. `on_evaluation` is told the number of evaluations so far and the
-    latest. When `stop()` is true before an evaluation, or one fails, what has been accepted
-    since the last point is handed over as a last one. The optimiser ends by itself only when it finds nothing better.
+    latest. When `stop()` is true before an evaluation, or one fails, what has been accepted since the last point is
+    handed over as a last one. Then what failed is raised, also to a caller who has had enough, or who could not save
+    that point. The optimiser ends by itself only when it finds nothing better.
     A run that goes on counts on from the `evaluations` and `iterations` that it has behind it, and the device's
     optimiser from what it has `learnt`.
     """
     count = max(0, evaluations - 1)  # the start, where an earlier run ended, is evaluated once more
     handed_over = 0  # evaluations up to the last point that was
-    accepted = failure = None
+    accepted: Accepted | None = None
+    failure: BaseException | None = None
     curvature: Curvature | None = None
 
     def known_at(point: int) -> Curvature | None:
@@ -893,12 +897,15 @@ def minimise(
                     yield accepted
     except Stopped:
         pass
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        traceback.clear_frames(error.__traceback__)  # they hold what was computed, and memory may have run out
         failure = error
-    if accepted and accepted.count != handed_over:
-        yield accepted
-    if failure:
-        raise failure
+    try:
+        if accepted and accepted.count != handed_over:
+            yield accepted
+    finally:
+        if failure:
+            raise failure
 
 
 def scipy_lbfgs(evaluate: Evaluate, start: np.ndarray, history: int, learnt: object = None) -> Points:
@@ -1118,17 +1125,19 @@ def paint(
         watch = functools.partial(on_evaluation, size)
         objective = objective_at(size, pictures, settings, weights, plan.tile, on_smaller_tiles, reuse, make)
         full, tile = size == sizes[-1], objective.tile
-        for reached in iterations_at(objective, state, settings, full, totals[size], watch, stop, plan.history):
-            x, exact = reached.state.x, exact and objective.tile == tile
-            shown = x if full else enlarge(x.astype(np.float32), sizes[-1])
-            picture = finish(shown, pictures.content, settings, pictures.color_mask)
-            as_it_is = dataclasses.replace(settings, rescale_image=False)
-            yield reached._replace(
-                picture=picture,
-                own_size=picture if full else finish(x, pictures.content, as_it_is, pictures.color_mask),
-                exact=exact and not reached.state.partial,
-                state=dataclasses.replace(reached.state, way=way if exact else ""),
-            )
+        here = iterations_at(objective, state, settings, full, totals[size], watch, stop, plan.history)
+        with contextlib.closing(here):
+            for reached in here:
+                x, exact = reached.state.x, exact and objective.tile == tile
+                shown = x if full else enlarge(x.astype(np.float32), sizes[-1])
+                picture = finish(shown, pictures.content, settings, pictures.color_mask)
+                as_it_is = dataclasses.replace(settings, rescale_image=False)
+                yield reached._replace(
+                    picture=picture,
+                    own_size=picture if full else finish(x, pictures.content, as_it_is, pictures.color_mask),
+                    exact=exact and not reached.state.partial,
+                    state=dataclasses.replace(reached.state, way=way if exact else ""),
+                )
         if stop():
             return
         state = None
@@ -1143,7 +1152,7 @@ def iterations_at(
     on_evaluation: Callable[[int, Evaluation], None],
     stop: Callable[[], bool],
     history: int,
-) -> Iterator[Iteration]:
+) -> Generator[Iteration, None, None]:
     """At most so many iterations at one size, from `state`; their pictures are not made yet. `full`: no coarse size."""
     losses = list(state.losses)
     if state.iteration >= most:
@@ -1151,7 +1160,7 @@ def iterations_at(
     clock, given = time.perf_counter(), state.evaluations
     done = given, max(0, state.iteration)
     points = minimise(objective, state.x, on_evaluation, stop, history, *done, settings.optimizer, state.learnt)
-    with contextlib.closing(points):
+    with contextlib.closing(points):  # behind a part of an iteration that raises the failure that it ended with
         if given == 0:
             losses.append(loss_row(next(points).evaluation))
         for accepted in points:
@@ -1317,6 +1326,7 @@ class Computing(NamedTuple):
     device: Callable[[], str] = describe_device  # in words; it must be there before anything is moved
     make: Callable[..., Objective] = Objective
     program: tuple[str, ...] = ("deepstyle.py",)  # and flags of its own, for the command that makes the picture again
+    end: Callable[[], None] = lambda: None  # lets go of what `device` has begun
 
 
 HERE = Computing()
@@ -1348,7 +1358,12 @@ def run(
     weights, source = (shared.weights, "") if shared else load_weights(*named)
     console = console_for(arguments.quiet)
     show: Callable[[str], None] = (lambda line: None) if shared else console.print
-    with outputs.owned():
+    with (
+        signals_as_wishes(shared.received if shared else None) as received,
+        outputs.owned(),
+        contextlib.ExitStack() as at_the_end,
+    ):
+        at_the_end.callback(computing.end)
         state = (
             outputs.read_state(what_shapes(pictures, settings, weights), Settings().decisive())
             if arguments.resume
@@ -1366,6 +1381,9 @@ def run(
                 tell(f"nothing to do: {nothing}")
             return Ending(0, False, float(full.losses[-1][0]), outputs.latest_picture(done))
         device = computing.device()
+        if received:
+            tell(f"{name}stopped before the painting began")
+            return Ending(128 + received[0], False)
         outputs.made = how_it_is_made(arguments, settings, plan, computing.program)
         if not state and (moved := outputs.clear_the_way(arguments.overwrite)):
             console.print(printable(moved) if shared else moved)
@@ -1386,10 +1404,7 @@ def run(
             return finish(start, pictures.content, settings, pictures.color_mask)
 
         outputs.begin(start_as_shown, totals, state, pictures.named(), dataclasses.asdict(Settings()))
-        with (
-            signals_as_wishes(shared.received if shared else None) as received,
-            progress_bar(console, totals, EVALUATIONS_PER_ITERATION, name) as advance,
-        ):
+        with progress_bar(console, totals, EVALUATIONS_PER_ITERATION, name) as advance:
 
             def on_evaluation(size: tuple[int, int], count: int, evaluation: Evaluation) -> None:
                 advance(size, count, evaluation.loss)
@@ -1398,10 +1413,10 @@ def run(
             reuse = shared.reuse if shared else None
             watch = on_evaluation, lambda: bool(received), on_smaller_tiles
             iterations = paint(pictures, settings, weights, plan, state, *watch, reuse, computing.make)
-            last = save_all(iterations, outputs, totals, show)
-    if received:
-        tell(name + describe_stop(last, done + bool(full and full.partial)))
-        return Ending(128 + received[0], True)
+            last = save_all(iterations, outputs, totals, show, lambda: bool(received))
+        if received:
+            tell(name + describe_stop(last, done + bool(full and full.partial)))
+            return Ending(128 + received[0], True)
     if early := why_early(last, done, settings):
         show(early)
     if last:
@@ -1458,7 +1473,7 @@ def run_folder(arguments: argparse.Namespace, settings: Settings) -> int:
         return batch.end()
     weights, source = load_weights(settings.weights, settings.seed, settings.model, arguments.quiet)
     batch.show(f"painting {len(batch.left())} photos on {describe_device()}; {source}")
-    with batch.owned(), signals_as_wishes() as received:
+    with signals_as_wishes() as received, batch.owned():
         shared = Shared(beside, free, weights, Reuse(), received)
         for photo in batch.left():
             if not received:
@@ -1466,7 +1481,7 @@ def run_folder(arguments: argparse.Namespace, settings: Settings) -> int:
                     photo.ending = run(arguments_for(photo, arguments), settings, shared, name)
                 if arguments.report:
                     batch.write_page(arguments.report, arguments.content, arguments.style)
-    return batch.end(128 + received[0] if received else 0)
+        return batch.end(128 + received[0] if received else 0)
 
 
 def check_folder(arguments: argparse.Namespace, settings: Settings) -> tuple[Batch, dict[str, Any]]:
@@ -1483,28 +1498,6 @@ def check_folder(arguments: argparse.Namespace, settings: Settings) -> tuple[Bat
     if not arguments.quiet and (passed_over := folders_in(folder, results)):
         tell(f"folders in '{folder}' are not looked into: {words(passed_over)}")
     return batch, beside
-
-
-def save_all(
-    iterations: Generator[Iteration, None, None],
-    outputs: Outputs,
-    totals: dict[tuple[int, int], int],
-    show: Callable[[str], None],
-) -> Iteration | None:
-    """Save and show all iterations, of which there are to be so many at each size; returns the last."""
-    last = None
-    try:
-        with contextlib.closing(iterations):
-            for last in iterations:
-                path = outputs.save(last, last.number == totals[last.state.size])
-                show(describe_iteration(last, totals[last.state.size], path))
-    except BaseException:
-        with contextlib.suppress(UserError):  # what went wrong first is what is told
-            outputs.finish()
-        raise
-    for path in outputs.finish():
-        show(f"saved {path}")
-    return last
 
 
 def outputs_of(arguments: argparse.Namespace) -> Outputs:
@@ -1599,7 +1592,7 @@ def main(
     except SystemExit as ending:  # --help and --version
         return int(ending.code or 0)
     except KeyboardInterrupt:
-        tell("interrupted before the painting began")
+        tell("interrupted; the same command with --resume goes on from what is saved")
         return 130
     except Exception as error:
         tell(f"error: {in_words(error, debug)}")
@@ -1607,4 +1600,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

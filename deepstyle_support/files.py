@@ -332,7 +332,7 @@ class Outputs:
         if self.keeps and self._latest and (learnt := self._latest.learnt()):
             with advice_to_resume():
                 self._write_state(self._latest, learnt)
-        if self.animation and self._frames:
+        if self.animation and len(self._frames) > 1:  # else there is no more than the start
             write_animation(self.animation.resolve(), self._frames)
             paths.append(self.animation)
         return paths

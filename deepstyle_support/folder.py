@@ -104,6 +104,7 @@ class Batch:
     results: Path
     show: Callable[[str], None]  # a line of what there is to see
     debug: bool = False
+    _no_page: str = ""  # why the latest page of the photos could not be written, in words
     _owners: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
 
     def left(self) -> list[Photo]:
@@ -151,12 +152,16 @@ class Batch:
             raise UserError(f"its results would go where those of '{owner}' are; rename one of the two")
 
     def write_page(self, report: str, folder: str, styles: list[str]) -> None:
-        """Write the page of those photos whose runs have ended or failed, with links to their own reports."""
-        cards = [photo.card(report) for photo in self.photos if photo.ending or photo.failure]
+        """Write the page of those photos whose runs have ended or failed, with links to their own reports.
+
+        What goes wrong with it stops no photo; if it goes wrong with the last, `end` says so.
+        """
+        self._no_page = ""
         try:
+            cards = [photo.card(report) for photo in self.photos if photo.ending or photo.failure]
             write_index(self.results / report, title_of(folder, *styles), cards, len(self.photos))
-        except UserError as error:
-            tell(f"no page of the photos: {error}")
+        except Exception as error:
+            self._no_page = in_words(error, self.debug)
 
     def end(self, status: int = 0) -> int:
         """Tell what is not done, and why. Returns the exit status, which is `status` unless that is 0."""
@@ -166,4 +171,6 @@ class Batch:
             tell(f"{done} of {len(self.photos)} photos are done; the same command with --resume does what is not")
         for photo in failed:
             tell(f"failed: {printable(photo.path.name)}: {photo.failure}")
-        return status or int(bool(failed))
+        if self._no_page:
+            tell(f"no page of the photos: {self._no_page}")
+        return status or int(bool(failed or self._no_page))

@@ -67,8 +67,13 @@ def in_words(error: Exception, debug: bool) -> str:
     """What went wrong, in one line; with `debug` its traceback is shown as well."""
     if debug:
         traceback.print_exception(error, file=cast(TextIO, Stream("stderr")))
-    message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}; --debug shows where"
-    return " ".join(message.split())
+    return reason(error) + ("" if isinstance(error, UserError) else "; --debug shows where")
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    words = [str(error)] if isinstance(error, UserError) else [type(error).__name__, str(error)]
+    return ": ".join(" ".join(part.split()) for part in words if part)
 
 
 def tell(message: str) -> None:

@@ -106,7 +106,9 @@ def write_animation(path: Path, frames: list[np.ndarray]) -> None:
         frames = [frame[:rows, :columns] for frame in [*frames, *frames[-1:] * 6]]
         options: dict[str, Any] = {"plugin": "FFMPEG", "fps": 4, "macro_block_size": 2}
     else:
-        options = {"plugin": "pillow", "duration": [250] * (len(frames) - 1) + [2000], "loop": 0}
+        durations = [250] * (len(frames) - 1) + [2000]
+        # Of one picture alone Pillow takes one number alone.
+        options = {"plugin": "pillow", "duration": durations if len(frames) > 1 else durations[0], "loop": 0}
         options |= {"icc_profile": srgb_profile()} if path.suffix == ".webp" else {}
     data = imageio.v3.imwrite("<bytes>", np.stack(frames), extension=path.suffix, **options)
     write_whole(path, lambda file: file.write(data))

@@ -5,16 +5,20 @@ import math
 import os
 import shutil
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from .messages import Stream
 from .records import Iteration
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+SAME_STOP = 0.25  # seconds: no finger presses Ctrl-C twice so fast, and a program that sends a signal twice does
 
 
 def console_for(quiet: bool) -> "Console":
@@ -70,12 +74,12 @@ def progress_bar(
 
 
 def stopping() -> list[int]:
-    """The signals that ask a run to stop; a dropped connection's unless whoever started it has it ignored (nohup)."""
-    signals = [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
-        signals.append(hangup)
-    return list(signals)
+    """The signals that ask a run to stop, less those that whoever started it has ignored.
+
+    So `nohup` does with a dropped connection's, and a shell's script with Ctrl-C's for what it runs in the background.
+    """
+    known = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))  # Windows has no SIGHUP
+    return [number for number in known if number and signal.getsignal(number) != signal.SIG_IGN]
 
 
 def fill_closed_descriptors() -> None:
@@ -89,16 +93,24 @@ def fill_closed_descriptors() -> None:
 
 @contextlib.contextmanager
 def signals_as_wishes(received: list[int] | None = None) -> Iterator[list[int]]:
-    """The list of SIGINT, SIGTERM and SIGHUP received: the first asks to stop, a second one leaves at once.
+    """The list of SIGINT, SIGTERM and SIGHUP received: the first asks to stop, a second Ctrl-C leaves at once.
 
-    received: the list to go on with, within another such context.
+    One stop may come as several signals: `timeout` sends one to the program and then to its group, a logout sends two
+    kinds. So only a SIGINT that comes a while after another one is a second Ctrl-C.
+    received: the list of the same context further out, if there is one.
     """
-    received = [] if received is None else received
+    if received is not None:
+        yield received
+        return
+    received, interrupted = [], math.inf
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if received:
+        nonlocal interrupted
+        if number == signal.SIGINT and time.monotonic() > interrupted + SAME_STOP:
             os.write(1, b"\x1b[?25h" if os.isatty(1) else b"")  # the progress bar hid the cursor
             os._exit(128 + number)
+        if number == signal.SIGINT:
+            interrupted = min(interrupted, time.monotonic())
         received.append(number)
 
     previous = {number: signal.signal(number, receive) for number in stopping()}
@@ -107,6 +119,31 @@ def signals_as_wishes(received: list[int] | None = None) -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def signals_kept_from_children() -> Iterator[None]:
+    """A process that is started within gets none of the signals that ask to stop: sent to a group, they are for us."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave(status: int) -> NoReturn:
+    """End the program, which has written all that it will; after a stop at once.
+
+    Python and its libraries take seconds to end, in which a signal that comes behind a stop would change the status.
+    """
+    if status > 128:
+        for name in ("stdout", "stderr"):
+            Stream(name).flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def describe_iteration(iteration: Iteration, of: int, path: Path | None) -> str:

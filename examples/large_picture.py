@@ -12,10 +12,12 @@ matrices and gradients come back. A worker that dies is replaced, and the tile t
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import os
+import shlex
 import signal
 import sys
 from collections import deque
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
@@ -31,11 +34,13 @@ import deepstyle  # noqa: E402, it is not installed but lies above
 from deepstyle_support.backend import as_array, import_keras  # noqa: E402
 from deepstyle_support.memory import Plan, plan_memory, shared_tile  # noqa: E402
 from deepstyle_support.messages import UserError  # noqa: E402
+from deepstyle_support.terminal import leave, signals_kept_from_children  # noqa: E402
 from deepstyle_support.weights import Weights  # noqa: E402
 
 DEATHS = 3  # of workers one after another, for each that there is to be, without a tile that is computed in between
 AHEAD = 2  # tiles a worker: how far those that are computed may be before the one that is to be added next
 PATIENCE = 300  # seconds to wait for a worker if there is no other; to load a backend takes 5 to 60
+LOOK = 5  # seconds between two looks at whether workers' processes are there; three times none means that they die
 
 
 class Worker:
@@ -66,6 +71,7 @@ class Workers:
     def __init__(self, number: int):
         self.number, self.deaths = number, 0
         self.began, self.threads, self.on_gpus = False, 1, False
+        self.logs: Path | None = None  # Ray's own, on this machine
         self.start: Callable[[], Any] | None = None
         self.free: list[Any] = []
         # What each is doing: the number of its tile, and where the result goes. One that is starting has no tile.
@@ -80,10 +86,13 @@ class Workers:
             options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": False}
         self.began, on_sigterm = True, signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(**options)
+            with signals_kept_from_children():
+                context: Any = ray.init(**options)
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process without a word
+            self.logs = None if on_cluster() else Path(context.address_info["session_dir"], "logs")
         except Exception as error:  # Ray raises anything here
-            raise UserError(f"Ray cannot start: {str(error).strip().splitlines()[0]}", status=1) from error
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"Ray cannot start: {first}", status=1) from error
         machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
         self.on_gpus = any(machine.get("GPU") for machine in machines)
         self.threads = threads_each(self.number, machines)
@@ -101,7 +110,7 @@ class Workers:
         if not self.start:
             resources = {"num_cpus": self.threads, "num_gpus": int(self.on_gpus)}
             kind: Any = ray.remote(Worker)
-            kind = kind.options(**resources, runtime_env={"env_vars": environment(self.threads)})
+            kind = kind.options(**resources, runtime_env=environment(self.threads))
             self.start = functools.partial(kind.remote, ray.put(weights), padding)
             for _ in range(self.number):
                 self.add()
@@ -135,19 +144,16 @@ class Workers:
         """Take the next result, or error, or put the tile of a worker that died back to those that are waiting."""
         import ray
 
-        computing = any(number is not None for _, number, _ in self.busy.values())
-        done, _ = ray.wait(list(self.busy), num_returns=1, timeout=None if computing else PATIENCE)
-        if not done:
-            raise UserError(f"no worker is ready after {PATIENCE} seconds; is there room for one?", status=1)
-        worker, number, found = self.busy.pop(done[0])
+        done = self.first_done()
+        worker, number, found = self.busy.pop(done)
         try:
-            result = ray.get(done[0])
+            result = ray.get(done)
         except ray.exceptions.RayTaskError as error:  # the worker lives, but this cannot be computed
             result = error.cause
         except ray.exceptions.RayError as error:
             self.deaths += 1
             if self.deaths > DEATHS * self.number:
-                last = str(error).strip().splitlines()[-1]
+                last = (str(error).strip() or type(error).__name__).splitlines()[-1]
                 raise UserError(f"no worker is left: {self.deaths} died one after another; {last}", status=1) from error
             self.add()
             if number is not None:
@@ -156,6 +162,37 @@ class Workers:
         self.free.append(worker)
         if number is not None:
             found[number], self.deaths = result, 0
+
+    def first_done(self) -> Any:
+        """Ray's reference to the next result. Raises UserError if there is nobody who computes, nor comes to."""
+        import ray
+
+        computing, unseen = any(number is not None for _, number, _ in self.busy.values()), 0
+        for _ in range(PATIENCE // LOOK):
+            done, _ = ray.wait(list(self.busy), num_returns=1, timeout=None if computing else LOOK)
+            if done:
+                return done[0]
+            unseen = 0 if on_cluster() or worker_processes() else unseen + 1
+            if unseen == 3:
+                raise UserError(f"the workers' processes end as soon as they start: {self.last_words()}", status=1)
+        raise UserError(f"no worker is ready after {PATIENCE} seconds; is there room for one?", status=1)
+
+    def last_words(self) -> str:
+        """What a process that Ray started has said last, and where Ray says more."""
+        said = (self.logs / "raylet.err").read_text(errors="replace").split("\n") if self.logs else []
+        return f"{next(filter(str.strip, reversed(said)), 'without a word')}; Ray's logs are in {self.logs}"
+
+
+def worker_processes() -> list[psutil.Process]:
+    """Those that Ray runs for us on this machine, less what it keeps for itself and those that wait for work."""
+    by_ray = psutil.Process().children(recursive=True)
+    found = []
+    for process in by_ray:
+        with contextlib.suppress(psutil.Error):  # it has ended
+            idle = process.name().startswith(("ray::IDLE", "ray::DashboardA", "ray::RuntimeEnv"))
+            if process.parent().name() == "raylet" and not idle:
+                found.append(process)
+    return found
 
 
 class SharedObjective(deepstyle.Objective):
@@ -224,15 +261,18 @@ def threads_each(workers: int, machines: list[dict[str, float]]) -> int:
     return next(threads for threads in range(most, 0, -1) if room(threads) >= workers)
 
 
-def environment(threads: int) -> dict[str, str]:
-    """What a worker's process finds in its environment, on any machine: its modules, backend and threads."""
+def environment(threads: int) -> dict[str, Any]:
+    """What Ray is to start a worker's process in, on any machine: with these modules, this backend and its threads."""
     own = [os.environ.get("PYTHONPATH")]  # an empty part would stand for the folder that the worker is in
     names = "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS", "NPROC"  # NPROC is JAX's
-    return {
+    variables = {
         "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER / "examples"), *filter(None, own)]),
         "KERAS_BACKEND": backend(),
         **dict.fromkeys(names, str(threads)),
     }
+    # Ray puts the interpreter into a shell's command as it is, so its path is to be without what a shell knows.
+    interpreter = {} if on_cluster() else {"py_executable": shlex.quote(sys.executable)}
+    return {"env_vars": variables, **interpreter}
 
 
 def plan_for(
@@ -267,11 +307,9 @@ def run(arguments: argparse.Namespace, settings: deepstyle.Settings) -> deepstyl
         device=workers.begin,
         make=functools.partial(SharedObjective, workers),
         program=("examples/large_picture.py", "--workers", str(number)),
+        end=workers.end,
     )
-    try:
-        return deepstyle.run(arguments, settings, computing=computing)
-    finally:
-        workers.end()
+    return deepstyle.run(arguments, settings, computing=computing)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -289,4 +327,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

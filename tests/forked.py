@@ -30,6 +30,19 @@ def cold_start(*arguments, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+class Lines:
+    """What a process writes, a line at a time; what is behind a line is left for `communicate`."""
+
+    def __init__(self, descriptor):
+        self._descriptor = descriptor
+
+    def readline(self):
+        line = b""
+        while not line.endswith(b"\n") and (more := os.read(self._descriptor, 1)):
+            line += more
+        return line.decode()
+
+
 class Process:
     """A forked command, with as much of subprocess.Popen as tests need.
 
@@ -63,7 +76,7 @@ class Process:
             os.close(end)
         theirs.close()
         self.pid = int(self._line())
-        self.stdout = os.fdopen(os.dup(out[0]), buffering=1)
+        self.stdout, self.stderr = map(Lines, self._ends)
         self._threads = None
 
     def _line(self):
@@ -102,12 +115,10 @@ class Process:
         self.wait(None if end is None else max(0.0, end - time.monotonic()))
         for descriptor in self._ends:
             os.close(descriptor)
-        self.stdout.close()
         return tuple(said.decode() for said in self._said)
 
     def close_stdout(self):
         """As a reader that has had enough, like head."""
-        self.stdout.close()
         os.close(self._ends[0])
         self._ends[0] = os.open(os.devnull, os.O_RDONLY)
 

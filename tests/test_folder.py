@@ -94,6 +94,13 @@ def test_what_fails_is_told_at_the_end_and_stops_nothing(photos, tmp_path, capsy
     assert names(tmp_path / "out") == ["b c.png"]
 
 
+def test_a_page_that_cannot_be_written_is_told_and_stops_nothing(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("deepstyle_support.folder.write_index", lambda *given: 1 / 0)
+    assert paint(photos, "--report", "a.html") == 1
+    assert "deepstyle: no page of the photos: ZeroDivisionError" in capsys.readouterr().err
+    assert all((tmp_path / "out" / name / LAST).exists() for name in ("a.jpg", "b c.png"))
+
+
 def only_for(path, error, otherwise):
     def run(arguments, *given):
         if arguments.content == str(path):

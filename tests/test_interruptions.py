@@ -4,6 +4,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,10 @@ from conftest import SMALL, all_threads
 from PIL import Image
 
 import deepstyle
+from deepstyle_support import files
+from deepstyle_support.backend import import_keras
+from deepstyle_support.messages import UserError
+from deepstyle_support.terminal import SAME_STOP
 
 ROOT = Path(deepstyle.__file__).parent
 ENDLESS = [*SMALL, "--num_iter", "100000"]
@@ -105,7 +110,7 @@ def test_the_second_ctrl_c_leaves_at_once(picture_files, tmp_path):
     time.sleep(4)
     for _ in range(2):
         run.send_signal(signal.SIGINT)
-        time.sleep(0.05)
+        time.sleep(2 * SAME_STOP)
     _, err = run.communicate(timeout=30)
     assert (run.returncode, err) == (130, "")  # nothing is said of a picture that was saved first
     assert_all_files_are_whole(prefix)
@@ -252,16 +257,18 @@ def test_a_run_that_ends_in_a_coarse_size_goes_on_there(picture_files, tmp_path,
     assert saved_numbers(tmp_path / "a") == [1, 2, 3]
 
 
-def test_a_hangup_saves_what_there_is_unless_it_is_ignored(picture_files, tmp_path):
+def test_a_hangup_saves_what_there_is_unless_it_was_ignored_at_the_start(picture_files, tmp_path):
     prefix = tmp_path / "a"
     run = start(picture_files, prefix, *ENDLESS)
     wait_for(picture(prefix, 1), run)
     run.send_signal(signal.SIGHUP)
     run.communicate(timeout=30)
     assert run.returncode == 128 + signal.SIGHUP
-    run = start(picture_files, tmp_path / "b", *ENDLESS, ignored=[signal.SIGHUP])  # as by nohup
+    # As nohup does it, and a shell's script with what it runs in the background.
+    run = start(picture_files, tmp_path / "b", *ENDLESS, ignored=[signal.SIGHUP, signal.SIGINT])
     wait_for(picture(tmp_path / "b", 1), run)
     run.send_signal(signal.SIGHUP)
+    run.send_signal(signal.SIGINT)
     wait_for(picture(tmp_path / "b", 4), run)
     run.kill()
     run.communicate()
@@ -318,3 +325,239 @@ def test_a_script_that_leaves_the_generator_as_it_is_ends(ending):
     ended = forked.run(code="\n".join([*lines, ending]), timeout=60)
     assert ended.stdout == "1\n"
     assert ("ZeroDivisionError" in ended.stderr) == bool(ending)
+
+
+class Valley:
+    """In an objective's place: a long valley that takes hundreds of evaluations; of these one raises `error`."""
+
+    def __init__(self, monkeypatch, fails_at=0, error=None):
+        self.calls, self.fails_at, self.error = 0, fails_at, error
+        monkeypatch.setattr(deepstyle.Objective, "__init__", lambda itself, content, *given, **options: self.be(itself))
+        monkeypatch.setattr(deepstyle.Objective, "evaluate", lambda itself, x: self.evaluate(x))
+        # These take longer than all the rest.
+        monkeypatch.setattr(deepstyle, "load_weights", lambda *given: ({}, "no network"))
+        monkeypatch.setattr(deepstyle, "describe_device", lambda: "none")
+
+    def be(self, objective):
+        objective.tile = None
+
+    def evaluate(self, x):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise self.error
+        array = np.asarray(x, np.float64)
+        steepness = np.geomspace(1, 1e4, array.size).reshape(array.shape)
+        loss, gradient = float(np.sum(steepness * array**2)), 2 * steepness * array
+        is_array = isinstance(x, np.ndarray)
+        return deepstyle.Evaluation(
+            {"total variation": loss},
+            gradient if is_array else import_keras().ops.convert_to_tensor(gradient, "float32"),
+        )
+
+
+ERRORS = (MemoryError("on purpose"), UserError("on purpose", 1), RuntimeError("on purpose"), KeyboardInterrupt())
+FULL, COARSE = ("--image_size", "32"), ("--image_size", "64", "--scales", "2", "--coarse_iter", "1")
+
+
+def assert_is_told(error, status, said):
+    """The reason is told, and nothing else but that a photo of a folder has none."""
+    interrupted = isinstance(error, KeyboardInterrupt)
+    assert status == (130 if interrupted else 1)
+    assert "interrupted; the same command with --resume" in said if interrupted else "on purpose" in said
+    assert "besides" not in said
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sizes", "folder"),
+    [("scipy", FULL, False), ("scipy", COARSE, True), ("device", FULL, True), ("device", COARSE, False)],
+    ids=["SciPy's", "SciPy's, coarse sizes, a folder", "on the device, a folder", "on the device, coarse sizes"],
+)
+def test_whichever_evaluation_fails_the_run_says_why_and_goes_on_from_there(
+    tmp_path, picture_files, monkeypatch, capfd, optimizer, sizes, folder
+):
+    content, style = picture_files
+    if folder:
+        (tmp_path / "photos").mkdir()
+        content = shutil.move(content, tmp_path / "photos" / "a.png")
+    prefix = tmp_path / "out" / "a.png" / "result_image" if folder else tmp_path / "out" / "result_image"
+    command = [str(tmp_path / "photos") if folder else content, style, f"{tmp_path}/out/", "--optimizer", optimizer]
+    command += ["--num_iter", "2", "--min_improvement", "1e-9", *sizes]
+    monkeypatch.setattr(deepstyle, "EVALUATIONS_PER_ITERATION", 5)  # for there is a run and another for each
+    evaluations = Valley(monkeypatch)
+    assert deepstyle.main(command) == 0
+    for fails_at in range(1, evaluations.calls + 1):
+        shutil.rmtree(tmp_path / "out")
+        error = ERRORS[fails_at % len(ERRORS)]
+        Valley(monkeypatch, fails_at, error)
+        capfd.readouterr()
+        assert_is_told(error, deepstyle.main(command), capfd.readouterr().err)
+        assert Path(f"{prefix}_state.npz").exists() == (fails_at > 1)
+        if fails_at > 1:
+            with np.load(f"{prefix}_state.npz") as state:
+                number = state["iteration"] + state["partial"] if state["x"].shape[0] == int(sizes[1]) else 0
+            assert picture(prefix, number).exists()
+        Valley(monkeypatch)
+        assert deepstyle.main([*command, "--resume"]) == 0
+        with np.load(f"{prefix}_state.npz") as state:
+            assert (state["iteration"], state["partial"]) == (2, False)
+        assert saved_numbers(prefix) == [1, 2]
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 20, 30])
+@pytest.mark.parametrize("optimizer", ["scipy", "device"])
+def test_a_loss_that_is_no_longer_finite_in_the_last_iteration_is_told(
+    picture_files, tmp_path, monkeypatch, capfd, fails_at, optimizer
+):
+    failing_at(monkeypatch, fails_at)
+    flags = ["--num_iter", "2" if fails_at > 20 else "1", "--optimizer", optimizer, "--animation", f"{tmp_path}/a.gif"]
+    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *SMALL, *flags]) == 1
+    err = capfd.readouterr().err
+    assert re.fullmatch("deepstyle: error: the .* loss is no longer finite; lower its weight\n", err)
+    assert (tmp_path / "a_state.npz").exists() == (tmp_path / "a.gif").exists() == (fails_at > 1)
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "mp4"])
+def test_a_run_that_fails_at_its_beginning_leaves_nothing_in_the_way_of_the_next(
+    picture_files, tmp_path, monkeypatch, capfd, kind
+):
+    command = [*picture_files, str(tmp_path / "a"), "--num_iter", "1", *FULL, "--animation", f"{tmp_path}/a.{kind}"]
+    Valley(monkeypatch, 1, UserError("on purpose", 1))
+    assert deepstyle.main(command) == 1
+    assert capfd.readouterr().err == "deepstyle: error: on purpose\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["content.png", "style.png"]
+    Valley(monkeypatch)
+    assert deepstyle.main(command) == 0
+    assert (tmp_path / f"a.{kind}").exists()
+
+
+def stopping_at(monkeypatch, number, sent=signal.SIGTERM):
+    """Let a signal arrive at this evaluation of the next run."""
+    valley = Valley(monkeypatch)
+    evaluate = valley.evaluate
+
+    def stop(x):
+        if valley.calls + 1 == number:
+            os.kill(os.getpid(), sent)
+        return evaluate(x)
+
+    valley.evaluate = stop
+
+
+@pytest.mark.parametrize("optimizer", ["scipy", "device"])
+def test_a_run_that_is_stopped_again_before_anything_is_new_says_so_and_keeps_its_animation(
+    picture_files, tmp_path, monkeypatch, capfd, optimizer
+):
+    command = [*picture_files, str(tmp_path / "a"), *FULL, "--animation", f"{tmp_path}/a.gif", "--optimizer", optimizer]
+    stopping_at(monkeypatch, 5)
+    assert deepstyle.main(command) == 143
+    before = (tmp_path / "a.gif").read_bytes()
+    capfd.readouterr()
+    stopping_at(monkeypatch, 1)
+    assert deepstyle.main([*command, "--resume"]) == 143
+    assert capfd.readouterr().err.startswith("deepstyle: stopped before anything new was found; iteration 1 is saved")
+    assert (tmp_path / "a.gif").read_bytes() == before
+
+
+def full_disk(*given):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["write_animation", "write_whole", "Outputs._write_state"])
+def test_what_fails_on_top_of_a_failure_is_told_and_hides_nothing(picture_files, tmp_path, monkeypatch, capfd, name):
+    command = [*picture_files, str(tmp_path / "a"), *FULL, "--num_iter", "1", "--animation", f"{tmp_path}/a.gif"]
+    Valley(monkeypatch, 9, UserError("on purpose", 1))
+    monkeypatch.setattr(f"deepstyle_support.files.{name}", full_disk)
+    assert deepstyle.main(command) == 1
+    *besides, last = capfd.readouterr().err.splitlines()
+    assert last == "deepstyle: error: on purpose"
+    assert besides == ["deepstyle: besides, OSError: [Errno 28] No space left on device"]
+
+
+def test_what_fails_behind_a_stop_is_told_beside_it(picture_files, tmp_path, monkeypatch, capfd):
+    stopping_at(monkeypatch, 9)
+    monkeypatch.setattr(files, "write_animation", full_disk)
+    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *FULL, "--animation", f"{tmp_path}/a.gif"]) == 143
+    besides, stopped = capfd.readouterr().err.splitlines()
+    assert besides == "deepstyle: besides, OSError: [Errno 28] No space left on device"
+    assert stopped.startswith("deepstyle: stopped within iteration 1; its picture so far is saved")
+
+
+def test_an_animation_that_fails_at_the_end_of_a_good_run_is_an_error(picture_files, tmp_path, monkeypatch, capfd):
+    Valley(monkeypatch)
+    monkeypatch.setattr(files, "write_animation", full_disk)
+    command = [*picture_files, str(tmp_path / "a"), *FULL, "--num_iter", "1", "--animation", f"{tmp_path}/a.gif"]
+    assert deepstyle.main(command) == 1
+    assert "No space left" in capfd.readouterr().err
+
+
+# One stop: `timeout` sends its signal twice, and a logout two kinds.
+SENT = [
+    [signal.SIGTERM, signal.SIGTERM],
+    [signal.SIGTERM, signal.SIGHUP, signal.SIGCONT],
+    [signal.SIGHUP, signal.SIGTERM, signal.SIGINT],
+    [signal.SIGINT, signal.SIGINT],
+    [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTERM],
+]
+
+
+@pytest.mark.parametrize("sent", SENT, ids=lambda sent: " ".join(number.name for number in sent))
+def test_a_stop_may_arrive_as_several_signals(heeded, picture_files, tmp_path, monkeypatch, capfd, sent):
+    valley = Valley(monkeypatch)
+    evaluate = valley.evaluate
+
+    def stop(x):
+        if valley.calls == 8:
+            for number in sent:
+                os.kill(os.getpid(), number)
+        return evaluate(x)
+
+    valley.evaluate = stop
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("it left at once"))
+    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *FULL, "--optimizer", "device"]) == 128 + sent[0]
+    assert capfd.readouterr().err.startswith("deepstyle: stopped within iteration 1; its picture so far is saved, ")
+    assert not list(tmp_path.glob(".*"))
+    assert [signal.getsignal(number) for number in heeded] == [*heeded.values()]
+
+
+@pytest.fixture
+def heeded():
+    """SIGINT, SIGTERM and SIGHUP as at a terminal, whoever runs the tests; each with its handler."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    yield dict.fromkeys(before, signal.SIG_DFL)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_late_signal_of_a_stop_changes_nothing_more(picture_files, tmp_path):
+    run = start(picture_files, tmp_path / "a", *ENDLESS)
+    wait_for(picture(tmp_path / "a", 1), run)
+    run.send_signal(signal.SIGTERM)
+    # Its words are the last that it does; Python's own end takes longer.
+    assert run.stderr.readline().startswith("deepstyle: stopped")
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        run.send_signal(number)
+    run.communicate(timeout=30)
+    assert run.returncode == 143
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(heeded, picture_files, tmp_path, monkeypatch, ignored):
+    signal.signal(ignored, signal.SIG_IGN)
+    stopping_at(monkeypatch, 5, ignored)
+    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *FULL, "--num_iter", "1"]) == 0
+    assert signal.getsignal(ignored) == signal.SIG_IGN
+
+
+def test_a_stop_before_the_painting_touches_nothing(heeded, picture_files, tmp_path, monkeypatch, capfd):
+    Valley(monkeypatch)
+    stopped_there = deepstyle.Computing(device=lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    def run(arguments, settings):
+        return deepstyle.run(arguments, settings, computing=stopped_there)
+
+    before = sorted(tmp_path.iterdir())
+    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *FULL], run_one=run) == 143
+    assert capfd.readouterr().err == "deepstyle: stopped before the painting began\n"
+    assert sorted(tmp_path.iterdir()) == before

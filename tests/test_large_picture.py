@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import IMAGES, SMALL, smooth_picture
 
 import deepstyle
 from deepstyle_support import memory
 from deepstyle_support.memory import plan_memory, shared_tile
+from deepstyle_support.terminal import stopping
 
 sys.path.insert(0, str(IMAGES.parent / "examples"))
 import large_picture
@@ -24,14 +26,20 @@ PROGRAM = [sys.executable, large_picture.__file__]
 
 
 @pytest.fixture(scope="module")
-def workers(untrained):
-    """Two workers, of which Ray's start and the loading of TensorFlow take most of this file's time."""
+def workers(untrained, tmp_path_factory):
+    """Two workers, of which Ray's start and the loading of TensorFlow take most of this file's time.
+
+    Their interpreter is in a folder that a shell has to be told of in quotes.
+    """
     pair = large_picture.Workers(2)
+    link = tmp_path_factory.mktemp("a clone") / "it's $HOME (1)"
+    link.symlink_to(sys.prefix)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setattr(sys, "executable", str(link / Path(sys.executable).relative_to(sys.prefix)))
         patch.setattr(os, "cpu_count", lambda: 2)
         pair.begin()
-    pair.employ(untrained, "zeros")
+        pair.employ(untrained, "zeros")
     yield pair
     pair.end()
 
@@ -93,6 +101,42 @@ def test_it_makes_no_difference_which_worker_computes_what(workers, untrained):
     workers.free.append(resting)
     assert by_one.parts == by_two.parts
     assert np.array_equal(by_one.gradient, by_two.gradient)
+
+
+def test_no_signal_that_asks_to_stop_reaches_rays_processes(workers):
+    raylet = next(child for child in psutil.Process().children() if child.name() == "raylet")
+    blocked = int(re.search(r"SigBlk:\s+(\w+)", Path(f"/proc/{raylet.pid}/status").read_text())[1], 16)
+    for number in stopping():
+        assert blocked >> (number - 1) & 1
+        assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@pytest.mark.parametrize(
+    ("processes", "said"),
+    [
+        ([], "the workers' processes end as soon as they start: bash: no such file; Ray's logs are in "),
+        (["a worker that loads its backend"], "no worker is ready after 300 seconds; is there room for one?"),
+    ],
+)
+def test_workers_that_do_not_come_are_told_of_as_what_they_are(tmp_path, monkeypatch, processes, said):
+    import ray
+
+    waited = []
+    monkeypatch.setattr(ray, "wait", lambda refs, num_returns, timeout: waited.append(timeout) or ([], refs))
+    monkeypatch.setattr(large_picture, "worker_processes", lambda: processes)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "raylet.err").write_text("a warning\nbash: no such file\n\n")
+    none_comes = large_picture.Workers(2)
+    none_comes.logs, none_comes.busy = tmp_path, {"starting": ("a worker", None, {})}
+    with pytest.raises(deepstyle.UserError) as raised:
+        none_comes.wait(large_picture.deque())
+    assert str(raised.value).startswith(said)
+    assert sum(waited) == (300 if processes else 15)
+
+
+def test_workers_that_are_ready_are_seen(workers):
+    all_ready(workers)
+    assert len(large_picture.worker_processes()) >= workers.number
 
 
 def test_x_is_sent_once_for_both_passes_and_anew_for_another_evaluation(workers, untrained, monkeypatch):
@@ -168,16 +212,17 @@ def state_of(prefix):
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")
-def test_either_program_goes_on_with_the_others_run_and_ctrl_c_saves_the_picture(
+def test_either_program_goes_on_with_the_others_run_and_a_stop_saves_the_picture(
     full_network, picture_files, tmp_path, capfd
 ):
     prefix = tmp_path / "a"
     assert deepstyle.main([*picture_files, str(prefix), *SMALL, "--num_iter", "1"]) == 0
     run = start(picture_files, prefix, "--num_iter", "100000", "--resume")
     wait_for(Path(f"{prefix}_at_iteration_2.png"), run)
-    os.killpg(run.pid, signal.SIGINT)  # at a terminal it reaches all processes of the group
+    for _ in range(2):  # to the group, as `timeout` and a terminal send it: Ray's processes are in it
+        os.killpg(run.pid, signal.SIGTERM)
     out, err = run.communicate(timeout=60)
-    assert run.returncode == 130
+    assert run.returncode == 143
     assert out.startswith("going on after iteration 1\npainting 32 x 42 pixels on 2 workers with 1 CPU core each of")
     assert re.fullmatch(r"deepstyle: stopped.*, and the same command with --resume goes on from there\n", err)
     done, partial = state_of(prefix)
@@ -216,7 +261,7 @@ def test_a_run_without_any_worker_left_ends_with_its_last_picture_and_state(
     monkeypatch.setattr(workers, "wait", die_in_the_second_iteration)
     try:
         assert (
-            deepstyle.main([*picture_files, str(prefix), *SMALL, "--tile", "32", "--num_iter", "9"], run_one=run) == 1
+            deepstyle.main([*picture_files, str(prefix), *SMALL, "--tile", "32", "--num_iter", "2"], run_one=run) == 1
         )
     finally:
         monkeypatch.undo()
@@ -262,7 +307,7 @@ def test_a_folder_is_one_line_that_says_what_paints_it(picture_files, tmp_path, 
 
 def test_workers_find_the_modules_that_this_process_finds(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
-    assert large_picture.environment(1)["PYTHONPATH"].split(os.pathsep)[-1] == "/somewhere/else"
+    assert large_picture.environment(1)["env_vars"]["PYTHONPATH"].split(os.pathsep)[-1] == "/somewhere/else"
 
 
 def test_a_run_of_workers_that_is_not_stopped_is_made_again_by_its_command(workers, untrained):

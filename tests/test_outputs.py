@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -20,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 import deepstyle
 from deepstyle import Pictures, Settings
 from deepstyle_support import files
+from deepstyle_support.outputs import write_animation
 from deepstyle_support.pictures import colours, from_input_space, match_colours, resize, with_colours
 from deepstyle_support.provenance import command_again
 
@@ -219,6 +221,14 @@ def test_the_animation_begins_with_the_start_and_holds_the_last_picture(picture_
                 animation.load()
                 durations.append(animation.info["duration"])
         assert durations == [250, 250, 250, 2000]
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "mp4"])
+def test_one_picture_is_an_animation_too(tmp_path, kind):
+    write_animation(tmp_path / f"a.{kind}", [np.full((32, 40, 3), 99, np.uint8)])
+    shown = imageio.v3.imread(tmp_path / f"a.{kind}", index=...)
+    assert len(shown) == (7 if kind == "mp4" else 1)  # whose pictures all take as long
+    assert np.abs(shown.astype(int) - 99).max() <= 3
 
 
 def test_a_resumed_runs_animation_has_the_pictures_before(picture_files, tmp_path):
