@@ -1,0 +1,182 @@
+"""What a file says beside its pixels: the little of it that is used, and a file without the rest if that is damaged.
+
+Each format is taken apart as its standard has it: PNG (3rd edition), JPEG (ITU-T T.81), WebP (RFC 9649), TIFF 6.0.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
+
+MOST_TEXT = 2**24  # bytes of a text or a profile in a PNG, unpacked: a bomb has more
+ADOBE_RGB = "R03"  # as the Design rule for Camera File system (DCF 2.0) marks it
+# Texts in a PNG by these names Pillow takes for its own notes of the picture.
+PILLOWS_NAMES = {"transparency", "interlace", "bbox", "icc_profile", "gamma", "default_image", "blend", "disposal"}
+
+PNG_BEGINNING, PNG_PIXELS = b"\x89PNG\r\n\x1a\n", {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
+PNG_CLEAR_COLOUR = {0: 2, 2: 6}  # bytes of tRNS for greys and RGB; a palette's has one for each colour at most
+ORIENTATION, ICC_PROFILE = 274, 34675
+# Of TIFF's tags those without which its pixels cannot be read, or are others.
+TIFF_USED = {*range(256, 260), 262, 266, 273, ORIENTATION, 277, 278, 279, 284, 292, 293, 317, *range(320, 326), 332}
+TIFF_USED |= {338, 339, 340, 341, 347, *range(512, 522), *range(529, 533), ICC_PROFILE}
+TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+
+
+def read_exif(file: Image.Image) -> tuple[bool, list[str]]:
+    """Whether a camera's EXIF says that its colours are Adobe RGB's, and what is to be told of it.
+
+    Cameras mark it so, without a profile: a colour space that is not sRGB, and in the interoperability that it is this.
+    Some say 2 for the space, which EXIF does not know.
+    """
+    try:
+        exif = file.getexif()
+        space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
+        index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
+    except Exception:  # whatever is in there
+        return False, ["has EXIF data that is damaged; what cannot be read of it is ignored"]
+    marked = index.strip("\0 ") if isinstance(index, str) else ""
+    return space == 2 or (space != 1 and marked == ADOBE_RGB), []
+
+
+def orientation_of(file: Image.Image) -> int:
+    """How it has to be turned to be upright, from 1 to 8 as EXIF has it; 1, not at all, if it does not say."""
+    try:
+        value = file.getexif().get(ORIENTATION)
+    except Exception:
+        return 1
+    value = value[0] if isinstance(value, bytes | tuple) and value else value
+    return int(value) if value in range(1, 9) else 1
+
+
+def refuse_confusion(file: Image.Image) -> None:
+    """Raise ValueError for a PNG whose text Pillow mixes up with what it notes of the picture itself."""
+    if isinstance(file, PngImagePlugin.PngImageFile):
+        texts = file.png.im_text if file.png else file.text
+        if PILLOWS_NAMES & texts.keys():
+            raise ValueError("its text has names that are Pillow's own")
+
+
+def without_metadata(file: BinaryIO) -> io.BytesIO | None:
+    """The file in memory with its first picture, and of the rest only what is used and whole; None if it can't be."""
+    file.seek(0)
+    data = file.read()
+    try:
+        if data.startswith(PNG_BEGINNING):
+            return io.BytesIO(png_without(data))
+        if data.startswith(b"\xff\xd8"):
+            return io.BytesIO(jpeg_without(data))
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            return io.BytesIO(webp_without(data))
+        if data[:4] in TiffImagePlugin.PREFIXES:
+            return io.BytesIO(tiff_without(data))
+    except (struct.error, IndexError, KeyError):
+        pass
+    return None
+
+
+def png_without(data: bytes) -> bytes:
+    """A PNG's pixels, its transparency, its profile, and where it says so how it is to be turned."""
+    kept, colours, at = [data[:8]], data[25], 8
+    while at < len(data):
+        length, name = struct.unpack_from(">I4s", data, at)
+        content, end = data[at + 8 : at + 8 + length], at + 12 + length
+        whole = zlib.crc32(name + content) == int.from_bytes(data[end - 4 : end], "big")
+        wanted = name == b"eXIf" or (name == b"sRGB" and length == 1)
+        if name == b"tRNS":
+            wanted = length <= 256 if colours == 3 else length == PNG_CLEAR_COLOUR.get(colours)
+        elif name == b"iCCP":
+            wanted = unpacks(content.partition(b"\0")[2])
+        elif name in (b"iTXt", b"zTXt"):
+            wanted = is_used_text(name, content)
+        if name in PNG_PIXELS or (wanted and whole):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def is_used_text(name: bytes, content: bytes) -> bool:
+    """Whether it is XMP, or EXIF as ImageMagick has it, of which the orientation is used, and can be unpacked."""
+    keyword, _, rest = content.partition(b"\0")
+    if name == b"zTXt":
+        return keyword == b"Raw profile type exif" and unpacks(rest)
+    if keyword != b"XML:com.adobe.xmp" or len(rest) < 2:
+        return False
+    text = rest[2:].split(b"\0", 2)[-1]
+    return len(text) <= MOST_TEXT and (rest[0] == 0 or unpacks(rest[1:2] + text))
+
+
+def unpacks(content: bytes) -> bool:
+    """Whether what zlib has packed, after a byte for the method, is whole, and no bomb."""
+    unpacked = zlib.decompressobj()
+    try:
+        unpacked.decompress(content[1:], MOST_TEXT)
+    except zlib.error:
+        return False
+    return content[:1] == b"\0" and unpacked.eof
+
+
+def jpeg_without(data: bytes) -> bytes:
+    """A JPEG up to the end of its first picture, of its application's data what its colours and orientation need."""
+    kept, at = [data[:2]], 2
+    while data[at + 1] != 0xDA:
+        marker, length = struct.unpack_from(">xBH", data, at)
+        end = at + 2 + length
+        content = data[at + 4 : end]
+        used = {0xE0: b"JFIF\0", 0xE1: b"Exif\0\0", 0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}.get(marker, b"\0none")
+        whole = content.startswith(used) and len(content) >= {0xE0: 12, 0xEE: 12}.get(marker, 0)
+        if whole or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            kept.append(data[at:end])
+        at = end
+    return b"".join([*kept, data[at:]])
+
+
+def webp_without(data: bytes) -> bytes:
+    """A WebP's first picture with its profile."""
+    kept = {}
+    for name, chunk in riff_chunks(data):
+        if name in (b"VP8X", b"ICCP", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L"):
+            kept.setdefault(name, chunk)
+    if b"VP8X" in kept:
+        extended = bytearray(kept[b"VP8X"])
+        extended[8] &= ~0b1100  # neither EXIF nor XMP follows
+        kept[b"VP8X"] = bytes(extended)
+    body = b"WEBP" + b"".join(kept.values())
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The name and all of each chunk that is whole."""
+    at = 12
+    while at + 8 <= len(data):
+        name, length = struct.unpack_from("<4sI", data, at)
+        end = at + 8 + length + length % 2
+        if end <= len(data):
+            yield name, data[at:end]
+        at = end
+
+
+def tiff_without(data: bytes) -> bytes:
+    """A TIFF with only the first of its directories, and in it what its pixels need."""
+    order = "<" if data[:2] == b"II" else ">"
+    big = 43 in data[2:4]
+    start = struct.unpack_from(order + ("8xQ" if big else "4xI"), data)[0]
+    number, entry, pointer = ("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I")
+    size = struct.calcsize(order + entry)
+    count = struct.unpack_from(order + number, data, start)[0]
+    first = start + struct.calcsize(order + number)
+    kept = []
+    for at in range(first, min(first + count * size, len(data) - size + 1), size):
+        tag, kind, length, value = struct.unpack_from(order + entry, data, at)
+        inside = TIFF_SIZES.get(kind, len(data)) * length
+        place = int.from_bytes(value, "little" if order == "<" else "big")
+        whole = inside <= len(value) or place + inside <= len(data)
+        known = tag in TIFF_USED and (tag != ORIENTATION or (kind == 3 and length == 1))
+        if known and whole:
+            kept.append(data[at : at + size])
+    changed = bytearray(data)
+    head = struct.pack(order + number, len(kept)) + b"".join(kept) + struct.pack(order + pointer, 0)
+    changed[start : start + len(head)] = head
+    return bytes(changed)
