@@ -23,9 +23,13 @@ import re
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, cast
+
+if __name__ == "__main__" and not sys.warnoptions:
+    warnings.simplefilter("ignore")  # of libraries, as in `main`
 
 try:
     import numpy as np
@@ -72,6 +76,7 @@ try:
         fill_closed_descriptors,
         progress_bar,
         signals_as_wishes,
+        without_warnings,
     )
     from deepstyle_support.transparency import alpha_of, filled, laid_on, with_alpha_of
     from deepstyle_support.vgg import CHANNELS, halo, layer_name, stride
@@ -1577,6 +1582,7 @@ def read_named(path: str, arguments: argparse.Namespace, as_mask: bool = False) 
     return picture
 
 
+@without_warnings()
 def main(
     argv: list[str] | None = None,
     parser: Parser | None = None,

@@ -20,7 +20,7 @@ from .messages import UserError
 from .metadata import MOST_TEXT, orientation_of, read_exif, refuse_confusion, without_metadata
 from .profiles import adobe_rgb_profile, as_it_is, to_srgb
 from .tones import by_libtiff, is_deep, is_in_planes, levels_of, mend_tiff, more_modes
-from .transparency import clear_colour, laid_on
+from .transparency import alpha_of, clear_colour, laid_on
 
 # The brands that a file of ISO base media (ISO 14496-12) names at its beginning.
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
@@ -52,7 +52,10 @@ def read_picture(path: str, allow_large: bool = False, as_mask: bool = False) ->
     (picture, turn, notes), more = taken(path, allow_large, lambda file: decoded(file, as_mask))
     if picture.shape[0] * picture.shape[1] == 1:
         raise UserError(f"'{path}' is a single pixel; a picture is needed")
-    picture = laid_on(picture, "white") if as_mask else picture
+    if as_mask:
+        picture = laid_on(picture, "white")
+    elif alpha_of(picture) is None:
+        picture = picture[..., :3]
     return turned(picture, turn), notes + more
 
 
@@ -257,7 +260,7 @@ def in_bands(
     alpha: Callable[[np.ndarray, slice], np.ndarray] | None,
     to_colours: Callable[[Image.Image], Image.Image],
 ) -> np.ndarray:
-    """Any of Pillow's modes as 8-bit sRGB, (H, W, 3), or RGBA, (H, W, 4), if some of it is transparent.
+    """Any of Pillow's modes as 8-bit sRGB, (H, W, 3), or RGBA, (H, W, 4), if some of it may be transparent.
 
     levels: how a band of deep greys becomes one of 8 bits; alpha: what of a band is opaque, if Pillow does not know;
     to_colours: how a band's colours become sRGB.
@@ -276,8 +279,7 @@ def in_bands(
         picture[rows, :, :3] = to_colours(colours)
         if clear:
             picture[rows, :, 3] = own_alpha if alpha is None else alpha(np.asarray(band), rows)
-    opaque = clear and picture[..., 3].min() == 255
-    return np.ascontiguousarray(picture[..., :3]) if opaque else picture
+    return picture
 
 
 def is_grey(file: Image.Image) -> bool:

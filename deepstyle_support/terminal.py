@@ -4,6 +4,8 @@ import contextlib
 import math
 import os
 import signal
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -13,6 +15,15 @@ from .records import Iteration
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Within, Python's warnings are dropped: libraries address them to programmers, who ask for them with python -W."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager

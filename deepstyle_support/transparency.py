@@ -71,7 +71,10 @@ def filled(picture: np.ndarray) -> np.ndarray:
     """
     if alpha_of(picture) is None:
         return picture[..., :3]
-    return np.asarray(laid_on_itself(Image.fromarray(picture)).convert("RGB"))
+    opaque, continued = laid_on_itself(Image.fromarray(picture)), np.empty((*picture.shape[:2], 3), np.uint8)
+    for rows in bands(*picture.shape[:2]):
+        continued[rows] = cropped(opaque, rows).convert("RGB")
+    return continued
 
 
 def laid_on_itself(picture: Image.Image) -> Image.Image:
