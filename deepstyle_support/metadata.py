@@ -1,9 +1,12 @@
 """What a file says beside its pixels: the little of it that is used, and a file without the rest if that is damaged.
 
-Each format is taken apart as its standard has it: PNG (3rd edition), JPEG (ITU-T T.81), WebP (RFC 9649), TIFF 6.0.
+Each format is taken apart as its standard has it: PNG (3rd edition), JPEG (ITU-T T.81), WebP (RFC 9649), GIF89a,
+TIFF 6.0 and Photoshop's.
 """
 
+import contextlib
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ from typing import BinaryIO
 
 from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
 
+MOST_BYTES = 10**9  # of a file that is taken into memory
 MOST_TEXT = 2**24  # bytes of a text or a profile in a PNG, unpacked: a bomb has more
 ADOBE_RGB = "R03"  # as the Design rule for Camera File system (DCF 2.0) marks it
 # Texts in a PNG by these names Pillow takes for its own notes of the picture.
@@ -31,24 +35,53 @@ def read_exif(file: Image.Image) -> tuple[bool, list[str]]:
     Cameras mark it so, without a profile: a colour space that is not sRGB, and in the interoperability that it is this.
     Some say 2 for the space, which EXIF does not know.
     """
+    notes, said = [], file.info.get("exif")
     try:
+        if said is not None:  # of a JPEG Pillow has tried it, and kept to itself that it failed
+            Image.Exif().load(said)
         exif = file.getexif()
-        space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
-        index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
+        camera, interoperability = exif.get_ifd(ExifTags.IFD.Exif), exif.get_ifd(ExifTags.IFD.Interop)
     except Exception:  # whatever is in there
-        return False, ["has EXIF data that is damaged; what cannot be read of it is ignored"]
-    marked = index.strip("\0 ") if isinstance(index, str) else ""
-    return space == 2 or (space != 1 and marked == ADOBE_RGB), []
+        notes = ["has EXIF data that is damaged; what cannot be read of it is ignored"]
+        camera, interoperability = {}, {}
+    if isinstance(said, bytes):
+        camera = directory_in(said, ExifTags.IFD.Exif)
+        interoperability = directory_in(said, ExifTags.IFD.Exif, ExifTags.IFD.Interop)
+    space, index = camera.get(ExifTags.Base.ColorSpace), interoperability.get(ExifTags.Interop.InteropIndex)
+    index = index.decode("latin-1") if isinstance(index, bytes) else str(index)
+    return space == 2 or (space != 1 and index.strip("\0 ") == ADOBE_RGB), notes
 
 
 def orientation_of(file: Image.Image) -> int:
     """How it has to be turned to be upright, from 1 to 8 as EXIF has it; 1, not at all, if it does not say."""
     try:
         value = file.getexif().get(ORIENTATION)
-    except Exception:
-        return 1
-    value = value[0] if isinstance(value, bytes | tuple) and value else value
+    except Exception:  # as above
+        value = None
+    if value is None and isinstance(said := file.info.get("exif"), bytes):
+        value = directory_in(said).get(ORIENTATION)
     return int(value) if value in range(1, 9) else 1
+
+
+def directory_in(exif: bytes, *pointers: int) -> dict[int, int | bytes]:
+    """The first directory of EXIF, or the one that the tags lead to: its values that are in it, of 4 bytes at most.
+
+    Pillow reads none behind one that is damaged, and all that is used here is so short.
+    """
+    data = re.sub(b"^(Exif\0\0)+", b"", exif)
+    order, found = {b"II": "<", b"MM": ">"}.get(data[:2], "<"), {}
+    kinds = {1: "B", 3: "H", 4: "I"}
+    with contextlib.suppress(struct.error):  # it is cut off, or leads nowhere
+        at = struct.unpack_from(order + "4xI", data)[0]
+        for place in range(at + 2, at + 2 + 12 * struct.unpack_from(order + "H", data, at)[0], 12):
+            tag, kind, count, value = struct.unpack_from(order + "HHI4s", data, place)
+            if TIFF_SIZES.get(kind, 5) * count <= 4:
+                found[tag] = struct.unpack_from(order + kinds[kind], value)[0] if kind in kinds else value
+    if pointers:
+        lead = found.get(pointers[0], 0)
+        lead = lead if isinstance(lead, int) else 0
+        return directory_in(data[:4] + struct.pack(order + "I", lead) + data[8:], *pointers[1:]) if lead else {}
+    return found
 
 
 def refuse_confusion(file: Image.Image) -> None:
@@ -60,27 +93,34 @@ def refuse_confusion(file: Image.Image) -> None:
 
 
 def without_metadata(file: BinaryIO) -> io.BytesIO | None:
-    """The file in memory with its first picture, and of the rest only what is used and whole; None if it can't be."""
+    """The file in memory with its first picture, and of the rest only what is used and whole.
+
+    None if it is of a format that is not known here, is larger than 1 GB, or is damaged where it can't be taken apart.
+    """
+    if file.seek(0, io.SEEK_END) > MOST_BYTES:
+        return None
     file.seek(0)
     data = file.read()
-    try:
-        if data.startswith(PNG_BEGINNING):
-            return io.BytesIO(png_without(data))
-        if data.startswith(b"\xff\xd8"):
-            return io.BytesIO(jpeg_without(data))
-        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-            return io.BytesIO(webp_without(data))
-        if data[:4] in TiffImagePlugin.PREFIXES:
-            return io.BytesIO(tiff_without(data))
-    except (struct.error, IndexError, KeyError):
-        pass
+    beginnings = {
+        PNG_BEGINNING: png_without,
+        b"\xff\xd8": jpeg_without,
+        b"RIFF": webp_without,
+        b"GIF8": gif_without,
+        b"8BPS": psd_without,
+        **dict.fromkeys(TiffImagePlugin.PREFIXES, tiff_without),
+    }
+    for beginning, without in beginnings.items():
+        if data.startswith(beginning):
+            with contextlib.suppress(struct.error, IndexError):
+                return io.BytesIO(without(data))
     return None
 
 
 def png_without(data: bytes) -> bytes:
     """A PNG's pixels, its transparency, its profile, and where it says so how it is to be turned."""
     kept, colours, at = [data[:8]], data[25], 8
-    while at < len(data):
+    seen: set[bytes] = set()
+    while b"IEND" not in seen:
         length, name = struct.unpack_from(">I4s", data, at)
         content, end = data[at + 8 : at + 8 + length], at + 12 + length
         whole = zlib.crc32(name + content) == int.from_bytes(data[end - 4 : end], "big")
@@ -91,8 +131,9 @@ def png_without(data: bytes) -> bytes:
             wanted = unpacks(content.partition(b"\0")[2])
         elif name in (b"iTXt", b"zTXt"):
             wanted = is_used_text(name, content)
-        if name in PNG_PIXELS or (wanted and whole):
+        if name in PNG_PIXELS or (wanted and whole and name not in seen):
             kept.append(data[at:end])
+            seen.add(name)
         at = end
     return b"".join(kept)
 
@@ -119,7 +160,7 @@ def unpacks(content: bytes) -> bool:
 
 
 def jpeg_without(data: bytes) -> bytes:
-    """A JPEG up to the end of its first picture, of its application's data what its colours and orientation need."""
+    """A JPEG, of what programs say in it with that alone which its colours and its orientation need."""
     kept, at = [data[:2]], 2
     while data[at + 1] != 0xDA:
         marker, length = struct.unpack_from(">xBH", data, at)
@@ -156,6 +197,34 @@ def riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         if end <= len(data):
             yield name, data[at:end]
         at = end
+
+
+def gif_without(data: bytes) -> bytes:
+    """A GIF's first picture, of its extensions with those alone that say what of it is transparent."""
+    at = 13 + (3 * 2 ** ((data[10] & 7) + 1) if data[10] & 0x80 else 0)
+    kept = [data[:at]]
+    while data[at] == ord("!"):
+        end = behind_blocks(data, at + 2)
+        if data[at + 1 : at + 3] == b"\xf9\x04":
+            kept.append(data[at:end])
+        at = end
+    table = 3 * 2 ** ((data[at + 9] & 7) + 1) if data[at + 9] & 0x80 else 0
+    return b"".join([*kept, data[at : behind_blocks(data, at + 11 + table)], b";"])
+
+
+def behind_blocks(data: bytes, at: int) -> int:
+    """Where a GIF goes on behind the blocks that begin there: each with its length before it, the last of none."""
+    while data[at]:
+        at += 1 + data[at]
+    return at + 1
+
+
+def psd_without(data: bytes) -> bytes:
+    """A PSD's picture as its layers make it, without them and without what is said beside."""
+    colours = 30 + struct.unpack_from(">26xI", data)[0]
+    layers = colours + 4 + struct.unpack_from(">I", data, colours)[0]
+    merged = layers + 4 + struct.unpack_from(">I", data, layers)[0]
+    return data[:colours] + bytes(8) + data[merged:]
 
 
 def tiff_without(data: bytes) -> bytes:

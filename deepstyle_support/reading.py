@@ -78,7 +78,7 @@ def taken(path: str, allow_large: bool, take: Callable[[Image.Image], Taken]) ->
     """
     with accessible(path, allow_large) as raw:
         try:
-            return take(opened(path, raw)), []
+            return take(opened(path, raw, expect_whole_tags=True)), []
         except REFUSALS:
             raise
         except Exception as error:  # on damaged files Pillow's decoders raise almost anything
@@ -114,14 +114,24 @@ def accessible(path: str, allow_large: bool) -> Iterator[BinaryIO]:
         raise UserError(f"cannot read the picture '{path}': {getattr(error, 'strerror', None) or error}") from error
 
 
-def opened(path: str, raw: BinaryIO) -> Image.Image:
-    """The file as Pillow opens it. Raises UserError if it is a camera's raw file."""
-    file = Image.open(raw)
-    if is_in_planes(file):
-        with by_libtiff():
-            file = Image.open(raw)
+def opened(path: str, raw: BinaryIO, expect_whole_tags: bool = False) -> Image.Image:
+    """The file as Pillow opens it.
+
+    Raises UserError if it is a camera's raw file, and ValueError if Pillow mixes something up, or, where whole tags are
+    expected, has met a damaged one in a TIFF: of those that follow, some of which are used, it reads none.
+    """
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        file = Image.open(raw)
+        if is_in_planes(file):
+            with by_libtiff():
+                file = Image.open(raw)
     refuse_previews(path, file)
     refuse_confusion(file)
+    damaged = any(not str(warning.message).startswith("Metadata Warning") for warning in warned)
+    if expect_whole_tags and damaged and file.format == "TIFF":
+        raise ValueError("its tags are damaged")
     return file
 
 
