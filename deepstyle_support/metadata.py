@@ -60,7 +60,7 @@ def orientation_of(file: Image.Image) -> int:
         value = None
     if value is None and isinstance(said := file.info.get("exif"), bytes):
         value = directory_in(said).get(ORIENTATION)
-    return int(value) if value in range(1, 9) else 1
+    return int(value) if value is not None and value in range(1, 9) else 1
 
 
 def directory_in(exif: bytes, *pointers: int) -> dict[int, int | bytes]:
@@ -176,7 +176,7 @@ def jpeg_without(data: bytes) -> bytes:
 
 def webp_without(data: bytes) -> bytes:
     """A WebP's first picture with its profile."""
-    kept = {}
+    kept: dict[bytes, bytes] = {}
     for name, chunk in riff_chunks(data):
         if name in (b"VP8X", b"ICCP", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L"):
             kept.setdefault(name, chunk)

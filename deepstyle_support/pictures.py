@@ -95,7 +95,7 @@ def resize(picture: np.ndarray, size: tuple[int, int], method: str = "bilinear")
         return np.asarray(Image.fromarray(picture).resize(*to))
     resized = np.empty((*size, 3), np.uint8)
     for channel in range(3):  # one at a time, since all of them Pillow would copy
-        resized[..., channel] = Image.fromarray(picture[..., channel]).resize(*to)
+        resized[..., channel] = np.asarray(Image.fromarray(picture[..., channel]).resize(*to))
     return resized
 
 
@@ -143,7 +143,7 @@ def with_colours_of(content: np.ndarray, picture: np.ndarray) -> np.ndarray:
     for rows in bands(*picture.shape[:2]):
         luma = Image.fromarray(picture[rows]).convert("YCbCr").getchannel("Y")
         _, blue, red = Image.fromarray(content[rows]).convert("YCbCr").split()
-        coloured[rows] = Image.merge("YCbCr", (luma, blue, red)).convert("RGB")
+        coloured[rows] = np.asarray(Image.merge("YCbCr", (luma, blue, red)).convert("RGB"))
     return coloured
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, PngImagePlugin, PsdImagePlugin, TiffImagePlugin, features
+from PIL import Image, ImageFile, PngImagePlugin, PsdImagePlugin, TiffImagePlugin, features
 
 from .bands import bands, cropped
 from .messages import UserError
@@ -62,7 +62,7 @@ def read_picture(path: str, allow_large: bool = False, as_mask: bool = False) ->
 def shape_of(path: str, allow_large: bool = False) -> tuple[int, int]:
     """(rows, columns) of what `read_picture` would give, from the file's beginning alone. Raises UserError as there."""
 
-    def shape(file: Image.Image) -> tuple[int, int]:
+    def shape(file: ImageFile.ImageFile) -> tuple[int, int]:
         # Of a TIFF Pillow has turned the size already.
         tags = file.tag_v2 if isinstance(file, TiffImagePlugin.TiffImageFile) else {}
         columns, rows = tags.get(256, file.width), tags.get(257, file.height)
@@ -71,7 +71,7 @@ def shape_of(path: str, allow_large: bool = False) -> tuple[int, int]:
     return taken(path, allow_large, shape)[0]
 
 
-def taken(path: str, allow_large: bool, take: Callable[[Image.Image], Taken]) -> tuple[Taken, list[str]]:
+def taken(path: str, allow_large: bool, take: Callable[[ImageFile.ImageFile], Taken]) -> tuple[Taken, list[str]]:
     """What `take` makes of the file as Pillow opens it, or if that fails of what is left without its metadata.
 
     With it comes what is to be told of that. Raises UserError for all that goes wrong.
@@ -114,7 +114,7 @@ def accessible(path: str, allow_large: bool) -> Iterator[BinaryIO]:
         raise UserError(f"cannot read the picture '{path}': {getattr(error, 'strerror', None) or error}") from error
 
 
-def opened(path: str, raw: BinaryIO, expect_whole_tags: bool = False) -> Image.Image:
+def opened(path: str, raw: BinaryIO, expect_whole_tags: bool = False) -> ImageFile.ImageFile:
     """The file as Pillow opens it.
 
     Raises UserError if it is a camera's raw file, and ValueError if Pillow mixes something up, or, where whole tags are
@@ -135,7 +135,7 @@ def opened(path: str, raw: BinaryIO, expect_whole_tags: bool = False) -> Image.I
     return file
 
 
-def decoded(file: Image.Image, as_mask: bool) -> tuple[np.ndarray, int, list[str]]:
+def decoded(file: ImageFile.ImageFile, as_mask: bool) -> tuple[np.ndarray, int, list[str]]:
     """The picture, (H, W, 3 or 4) uint8, how it has to be turned, as EXIF counts, and what is to be told of it."""
     notes = mend_tiff(file)
     alpha = clear_colour(file)
@@ -279,14 +279,14 @@ def in_bands(
     picture = np.empty((file.height, file.width, 4 if clear else 3), np.uint8)
     for rows in bands(file.height, file.width):
         band = cropped(file, rows)
-        own_alpha: Image.Image | int = 255
+        own_alpha: np.ndarray | int = 255
         colours = Image.fromarray(levels(band)) if levels else band
         if colours.has_transparency_data:
             colours = colours.convert("LA" if is_grey(file) else "RGBA")
-            own_alpha = colours.getchannel("A")
+            own_alpha = np.asarray(colours.getchannel("A"))
         if colours.mode not in ("CMYK", "LAB"):  # a palette's colours are taken first: a profile is of them
             colours = colours.convert("L" if levels or is_grey(file) else "RGB")
-        picture[rows, :, :3] = to_colours(colours)
+        picture[rows, :, :3] = np.asarray(to_colours(colours))
         if clear:
             picture[rows, :, 3] = own_alpha if alpha is None else alpha(np.asarray(band), rows)
     return picture

@@ -6,7 +6,7 @@ Pillow gives them as they are: integers of 16 or 32 bits, or floats. What they m
 import contextlib
 import numbers
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from PIL import Image, ImagePalette, TiffImagePlugin
@@ -89,11 +89,11 @@ def mend_tiff(file: Image.Image) -> list[str]:
         changed |= {"1;I": "1", "L;I": "L"}
     if PHOTOMETRIC not in file.tag_v2:
         notes.append("does not say whether 0 is black; it is taken as is usual")
-    file.tile = [
-        type(tile)(codec, box, offset, (changed.get(rawmode, rawmode), *rest))
-        for tile in file.tile
-        for codec, box, offset, (rawmode, *rest) in [tile]
-    ]
+    tiles = []
+    for tile in file.tile:
+        rawmode, *rest = cast(tuple, tile[3])
+        tiles.append(type(tile)(*tile[:3], (changed.get(rawmode, rawmode), *rest)))
+    file.tile = tiles
     return notes
 
 

@@ -1,9 +1,10 @@
 """Transparent pictures: (H, W, 4) uint8, RGB and alpha, 255 where it is opaque. The network gets RGB without holes."""
 
 from collections.abc import Callable
+from typing import IO, cast
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from .bands import bands, cropped
 
@@ -16,7 +17,7 @@ def alpha_of(picture: np.ndarray) -> np.ndarray | None:
     return None if alpha is None or alpha.min() == 255 else alpha
 
 
-def clear_colour(file: Image.Image) -> Callable[[np.ndarray, slice], np.ndarray] | None:
+def clear_colour(file: ImageFile.ImageFile) -> Callable[[np.ndarray, slice], np.ndarray] | None:
     """Of a PNG before its pixels are read: where it has the one colour that its tRNS chunk calls transparent.
 
     Pillow knows such a colour of 8 bits, and only if what is said of it is put right: it is told in the numbers of the
@@ -53,9 +54,9 @@ def alpha_where(clear: np.ndarray) -> np.ndarray:
     return np.where(clear, 0, 255).astype(np.uint8)
 
 
-def low_bytes(file: Image.Image) -> Image.Image:
+def low_bytes(file: ImageFile.ImageFile) -> Image.Image:
     """Of a PNG with 16 bits for each of RGB the lower 8; Pillow gives the higher ones."""
-    low = Image.open(file.fp)
+    low = Image.open(cast(IO[bytes], file.fp))
     low.tile = [type(tile)(*tile[:3], "RGB;16L") for tile in low.tile]  # of the other order of bytes these are first
     low.load()
     return low

@@ -33,7 +33,8 @@ NO_EXIF = [
 
 def saved(kind, **options):
     file = io.BytesIO()
-    options |= {"png": {}, "webp": {"lossless": True}, "jpeg": {"quality": 95}}.get(kind, {})
+    if kind in ("webp", "jpeg"):
+        options |= {"lossless": True, "quality": 95}
     Image.fromarray(PICTURE).save(file, format=kind, **options)
     return file.getvalue()
 
