@@ -40,7 +40,8 @@ def read_exif(file: Image.Image) -> tuple[bool, list[str]]:
         if said is not None:  # of a JPEG Pillow has tried it, and kept to itself that it failed
             Image.Exif().load(said)
         exif = file.getexif()
-        camera, interoperability = exif.get_ifd(ExifTags.IFD.Exif), exif.get_ifd(ExifTags.IFD.Interop)
+        camera = exif.get_ifd(ExifTags.IFD.Exif)
+        interoperability = exif.get_ifd(ExifTags.IFD.Interop) if ExifTags.IFD.Interop in camera else {}
     except Exception:  # whatever is in there
         notes = ["has EXIF data that is damaged; what cannot be read of it is ignored"]
         camera, interoperability = {}, {}

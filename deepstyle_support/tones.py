@@ -92,9 +92,15 @@ def mend_tiff(file: Image.Image) -> list[str]:
     tiles = []
     for tile in file.tile:
         rawmode, *rest = cast(tuple, tile[3])
-        tiles.append(type(tile)(*tile[:3], (changed.get(rawmode, rawmode), *rest)))
+        tiles.append(decoded_as(tile, (changed.get(rawmode, rawmode), *rest)))
     file.tile = tiles
     return notes
+
+
+def decoded_as(tile: Any, arguments: Any) -> Any:
+    """A tile of a file that Pillow has opened, with other arguments for its decoder."""
+    # A named tuple since Pillow 11, before a plain one.
+    return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
 
 
 def mend_palette(file: TiffImagePlugin.TiffImageFile) -> list[str]:

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from .bands import bands, cropped
+from .tones import decoded_as
 
 OPAQUE_BUT = {"L;2": 2, "L;4": 4, "L": 8, "RGB": 8}  # bits of a PNG's greys and colours, by what Pillow calls them
 
@@ -57,7 +58,7 @@ def alpha_where(clear: np.ndarray) -> np.ndarray:
 def low_bytes(file: ImageFile.ImageFile) -> Image.Image:
     """Of a PNG with 16 bits for each of RGB the lower 8; Pillow gives the higher ones."""
     low = Image.open(cast(IO[bytes], file.fp))
-    low.tile = [type(tile)(*tile[:3], "RGB;16L") for tile in low.tile]  # of the other order of bytes these are first
+    low.tile = [decoded_as(tile, "RGB;16L") for tile in low.tile]  # of the other order of bytes these are first
     low.load()
     return low
 
