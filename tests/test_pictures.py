@@ -175,8 +175,8 @@ def test_what_is_done_a_band_at_a_time_is_what_is_done_at_once():
     at_once = np.clip(np.rint(x + MEAN_BGR), 0, 255).astype(np.uint8)[..., ::-1]
     np.testing.assert_array_equal(from_input_space(x), at_once)
     clear = np.dstack([LARGE, OTHER[..., 0]])
-    at_once = Image.alpha_composite(Image.new("RGBA", (1500, 1100), "red"), Image.fromarray(clear)).convert("RGB")
-    np.testing.assert_array_equal(laid_on(clear, "red"), np.asarray(at_once))
+    on_red = Image.alpha_composite(Image.new("RGBA", (1500, 1100), "red"), Image.fromarray(clear)).convert("RGB")
+    np.testing.assert_array_equal(laid_on(clear, "red"), np.asarray(on_red))
 
 
 def test_mean_and_covariance_are_those_of_all_pixels():
