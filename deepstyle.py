@@ -24,12 +24,16 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 if __name__ == "__main__":  # python -P and -I look for modules in no script's folder
     sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+if __name__ == "__main__" and not sys.warnoptions:
+    warnings.simplefilter("ignore")  # of libraries, as in `main`
 
 try:
     import numpy as np
@@ -81,6 +85,7 @@ try:
         leave,
         progress_bar,
         signals_as_wishes,
+        without_warnings,
     )
     from deepstyle_support.transparency import alpha_of, filled, laid_on, with_alpha_of
     from deepstyle_support.values import ON_OFF, like_default, name_of, value_of
@@ -1571,6 +1576,7 @@ def read_named(path: str, arguments: argparse.Namespace, as_mask: bool = False) 
     return picture
 
 
+@without_warnings()
 def main(
     argv: list[str] | None = None,
     parser: Parser | None = None,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from .bands import bands
 from .messages import UserError
 from .transparency import alpha_of, laid_on
 
@@ -46,7 +47,7 @@ class Pictures:
             check_array(name, picture)
             if (alpha := alpha_of(picture)) is not None and not alpha.any():
                 raise UserError(f"the {name} picture is all transparent; --background COLOUR lays it on a colour")
-            if "mask" in name and Image.fromarray(picture).convert("L").getbbox() is None:
+            if "mask" in name and not any(shows(picture[rows]) for rows in bands(*picture.shape[:2])):
                 raise UserError(f"the {name} is all black, so nothing is left; it must be white where something holds")
         if not self.styles:
             raise UserError("there is no style picture; give one or more")
@@ -127,13 +128,23 @@ def laid(content: Any, style: Any, colour: str | None) -> tuple[np.ndarray, tupl
     return laid_on(content, colour), tuple(laid_on(style, colour) for style in styles)
 
 
+def shows(mask: np.ndarray) -> bool:
+    """Whether some of a mask, (H, W) or (H, W, 3) uint8, is not black as a grey."""
+    return Image.fromarray(mask).convert("L").getbbox() is not None
+
+
 def resize(picture: np.ndarray, size: tuple[int, int], method: str = "bilinear") -> np.ndarray:
     """picture: (H, W, 3) uint8, or (H, W, 4) with alpha, resized by Pillow to (rows, columns, 3 or 4) uint8.
 
     Of transparent ones Pillow weights the colours by their alpha, so what is beneath does not show.
     """
-    rows, columns = size
-    return np.asarray(Image.fromarray(picture).resize((columns, rows), RESAMPLING[method]))
+    to = size[::-1], RESAMPLING[method]
+    if picture.shape[2:] != (3,):
+        return np.asarray(Image.fromarray(picture).resize(*to))
+    resized = np.empty((*size, 3), np.uint8)
+    for channel in range(3):  # one at a time, since all of them Pillow would copy
+        resized[..., channel] = np.asarray(Image.fromarray(picture[..., channel]).resize(*to))
+    return resized
 
 
 def mask_on_grid(mask: np.ndarray | Collection[np.ndarray], size: tuple[int, int], stride: int = 1) -> np.ndarray:
@@ -161,21 +172,27 @@ def enlarge(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def to_input_space(picture: np.ndarray) -> np.ndarray:
     """picture: (H, W, 3) uint8 RGB -> (H, W, 3) float32, BGR, mean subtracted."""
-    return picture[..., ::-1].astype(np.float32) - MEAN_BGR
+    x = picture[..., ::-1].astype(np.float32)
+    x -= MEAN_BGR  # in its place: of large pictures each copy counts
+    return x
 
 
 def from_input_space(x: np.ndarray) -> np.ndarray:
     """x: (H, W, 3) float, BGR, mean subtracted -> (H, W, 3) uint8 RGB, rounded and clipped."""
-    picture = x + MEAN_BGR
-    np.clip(np.rint(picture, out=picture), 0, 255, out=picture)  # in its place: of large pictures each copy counts
-    return np.ascontiguousarray(picture.astype(np.uint8)[..., ::-1])
+    picture = np.empty(x.shape, np.uint8)
+    for rows in bands(*x.shape[:2]):
+        picture[rows] = np.clip(np.rint(x[rows] + MEAN_BGR), 0, 255)[..., ::-1]
+    return picture
 
 
 def with_colours_of(content: np.ndarray, picture: np.ndarray) -> np.ndarray:
     """The luma of `picture` with the chroma of `content` (YCbCr); all (H, W, 3) uint8 RGB."""
-    luma = Image.fromarray(picture).convert("YCbCr").getchannel("Y")
-    _, blue, red = Image.fromarray(content).convert("YCbCr").split()
-    return np.asarray(Image.merge("YCbCr", (luma, blue, red)).convert("RGB"))
+    coloured = np.empty_like(picture)
+    for rows in bands(*picture.shape[:2]):
+        luma = Image.fromarray(picture[rows]).convert("YCbCr").getchannel("Y")
+        _, blue, red = Image.fromarray(content[rows]).convert("YCbCr").split()
+        coloured[rows] = np.asarray(Image.merge("YCbCr", (luma, blue, red)).convert("RGB"))
+    return coloured
 
 
 def match_colours(style: np.ndarray, content: np.ndarray) -> np.ndarray:
@@ -200,11 +217,25 @@ def colours(picture: np.ndarray, mask: np.ndarray | None = None) -> Colours:
 
     With alpha, (H, W, 4), it counts only as much as it is opaque.
     """
-    if (alpha := alpha_of(picture)) is not None:
-        mask = alpha[..., None] / 255 * (1.0 if mask is None else mask)
-    pixels, counts = picture[..., :3].reshape(-1, 3).astype(np.float64), None if mask is None else mask.ravel()
-    covariance = np.cov(pixels.T, aweights=counts, ddof=1 if mask is None else 0)  # a mask may leave a single pixel
-    return Colours(np.average(pixels, 0, counts), covariance)
+    alpha, size = alpha_of(picture), picture.shape[:2]
+
+    def weighted(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        """The pixels of some rows, (n, 3), and how much each counts, (n, 1)."""
+        counts = np.ones((picture[rows].shape[0], size[1], 1)) if mask is None else mask[rows].astype(np.float64)
+        if alpha is not None:
+            counts = counts * (alpha[rows, :, None] / 255)
+        return picture[rows, :, :3].reshape(-1, 3).astype(np.float64), counts.reshape(-1, 1)
+
+    total, mean, covariance = 0.0, np.zeros(3), np.zeros((3, 3))
+    for rows in bands(*size):
+        pixels, counts = weighted(rows)
+        total, mean = total + counts.sum(), mean + (counts * pixels).sum(0)
+    mean = mean / total
+    for rows in bands(*size):
+        pixels, counts = weighted(rows)
+        covariance += (counts * (pixels - mean)).T @ (pixels - mean)
+    # A mask may leave a single pixel.
+    return Colours(mean, covariance / (total - 1 if mask is None and alpha is None else total))
 
 
 def mixture(parts: list[Colours], shares: list[float]) -> Colours:
@@ -225,8 +256,11 @@ def with_colours(picture: np.ndarray, own: Colours, wanted: Colours) -> np.ndarr
         return axes * roots @ axes.T
 
     change = root(wanted.covariance, inverse=False) @ root(own.covariance, inverse=True)
-    recoloured = np.clip(np.rint((picture[..., :3] - own.mean) @ change.T + wanted.mean), 0, 255).astype(np.uint8)
-    return np.dstack([recoloured, picture[..., 3:]])
+    recoloured = picture.copy()
+    for rows in bands(*picture.shape[:2]):
+        values = (picture[rows, :, :3] - own.mean) @ change.T + wanted.mean
+        recoloured[rows, :, :3] = np.clip(np.rint(values), 0, 255)
+    return recoloured
 
 
 def recolour(
@@ -242,11 +276,15 @@ def recolour(
     if not masks:
         wanted = mixture([colours(style) for style in styles], [weight / sum(weights) for weight in weights])
         return with_colours(content, colours(content), wanted)
-    shares = [weight * mask for weight, mask in zip(weights, masks, strict=True)]
-    covered = np.minimum(sum(mask for weight, mask in zip(weights, masks, strict=True) if weight), 1.0)
-    recoloured = sum(
-        share * with_colours(content, colours(content, mask), colours(style))
-        for share, mask, style in zip(shares, masks, styles, strict=True)
-        if share.any()
-    ) / np.maximum(sum(shares), np.finfo(np.float64).tiny)
-    return np.rint(covered * recoloured + (1 - covered) * content).astype(np.uint8)
+    given = [one for one in zip(weights, masks, styles, strict=True) if one[0] and one[1].any()]
+    parts = [(weight, mask, colours(content, mask), colours(style)) for weight, mask, style in given]
+    recoloured = content.copy()
+    for rows in bands(*content.shape[:2]):
+        shares = [weight * mask[rows] for weight, mask, _, _ in parts]
+        covered = np.minimum(sum(mask[rows] for _, mask, _, _ in parts), 1.0)
+        mixed = sum(
+            share * with_colours(content[rows], own, wanted)
+            for share, (_, _, own, wanted) in zip(shares, parts, strict=True)
+        ) / np.maximum(sum(shares), np.finfo(np.float64).tiny)
+        recoloured[rows] = np.rint(covered * mixed + (1 - covered) * content[rows])
+    return recoloured

@@ -8,13 +8,13 @@ from typing import Any
 from PIL import Image
 
 from .messages import UserError, printable, words
-from .reading import pixel_limit
+from .reading import harmless
 
 
 def read_made(path: str) -> dict[str, Any]:
     """What a picture's text says of how it was made. Raises UserError if it says nothing."""
     try:
-        with pixel_limit(lifted=True), Image.open(path) as picture:  # only its text is read
+        with harmless(lifted=True), Image.open(path) as picture:  # only its text is read
             return {"made with": picture.info["Software"], **json.loads(picture.info["deepstyle"])}
     except OSError as error:
         raise UserError(f"cannot read the picture '{path}': {error.strerror or error}") from error

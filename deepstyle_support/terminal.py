@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -35,6 +36,15 @@ def console_for(quiet: bool) -> "Console":
     if "COLUMNS" in os.environ or "LINES" in os.environ:  # or else it follows the terminal's size
         looks["width"], looks["height"] = shutil.get_terminal_size()
     return Console(file=cast(TextIO, stdout), quiet=quiet, force_terminal=is_terminal, force_jupyter=False, **looks)
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Within, Python's warnings are dropped: libraries address them to programmers, who ask for them with python -W."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager

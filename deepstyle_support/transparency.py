@@ -1,13 +1,66 @@
 """Transparent pictures: (H, W, 4) uint8, RGB and alpha, 255 where it is opaque. The network gets RGB without holes."""
 
+from collections.abc import Callable
+from typing import IO, cast
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
+
+from .bands import bands, cropped
+from .tones import decoded_as
+
+OPAQUE_BUT = {"L;2": 2, "L;4": 4, "L": 8, "RGB": 8}  # bits of a PNG's greys and colours, by what Pillow calls them
 
 
 def alpha_of(picture: np.ndarray) -> np.ndarray | None:
     """How opaque each pixel is, (H, W) uint8; None if all are, or the picture, (H, W, 3), has no alpha."""
     alpha = picture[..., 3] if picture.shape[2:] == (4,) else None
     return None if alpha is None or alpha.min() == 255 else alpha
+
+
+def clear_colour(file: ImageFile.ImageFile) -> Callable[[np.ndarray, slice], np.ndarray] | None:
+    """Of a PNG before its pixels are read: where it has the one colour that its tRNS chunk calls transparent.
+
+    Pillow knows such a colour of 8 bits, and only if what is said of it is put right: it is told in the numbers of the
+    file, and Pillow makes greys of 2 and 4 bits brighter. Of 16 bits it keeps it to itself, and of RGB half the bits.
+    Returns a function of a band as Pillow has read it, and its rows, to its alpha, (H, W) uint8; or None if Pillow
+    knows.
+    """
+    colour = file.info.get("transparency")
+    if file.format != "PNG" or not isinstance(colour, int | tuple) or not file.tile or file.mode == "P":
+        return None
+    rawmode = file.tile[0][3]
+    if rawmode in OPAQUE_BUT:
+        most = 2 ** OPAQUE_BUT[rawmode] - 1  # bits beyond do not count
+        eight = (np.atleast_1d(colour) & most) * (255 // most)
+        file.info["transparency"] = tuple(eight.tolist()) if isinstance(colour, tuple) else int(eight[0])
+    if file.mode.startswith("I"):
+        del file.info["transparency"]
+        return lambda band, rows: alpha_where(band == colour)
+    if rawmode != "RGB;16B":
+        return None
+    del file.info["transparency"]
+    low = low_bytes(file)
+    high_colour, low_colour = np.asarray(colour) >> 8, np.asarray(colour) & 255
+
+    def alpha(band: np.ndarray, rows: slice) -> np.ndarray:
+        same_low = np.asarray(cropped(low, rows)) == low_colour
+        return alpha_where(((band == high_colour) & same_low).all(axis=-1))
+
+    return alpha
+
+
+def alpha_where(clear: np.ndarray) -> np.ndarray:
+    """Alpha that is 0 where something holds, and else 255."""
+    return np.where(clear, 0, 255).astype(np.uint8)
+
+
+def low_bytes(file: ImageFile.ImageFile) -> Image.Image:
+    """Of a PNG with 16 bits for each of RGB the lower 8; Pillow gives the higher ones."""
+    low = Image.open(cast(IO[bytes], file.fp))
+    low.tile = [decoded_as(tile, "RGB;16L") for tile in low.tile]  # of the other order of bytes these are first
+    low.load()
+    return low
 
 
 def filled(picture: np.ndarray) -> np.ndarray:
@@ -20,7 +73,10 @@ def filled(picture: np.ndarray) -> np.ndarray:
     """
     if alpha_of(picture) is None:
         return picture[..., :3]
-    return np.asarray(laid_on_itself(Image.fromarray(picture)).convert("RGB"))
+    opaque, continued = laid_on_itself(Image.fromarray(picture)), np.empty((*picture.shape[:2], 3), np.uint8)
+    for rows in bands(*picture.shape[:2]):
+        continued[rows] = cropped(opaque, rows).convert("RGB")
+    return continued
 
 
 def laid_on_itself(picture: Image.Image) -> Image.Image:
@@ -39,8 +95,11 @@ def laid_on(picture: np.ndarray, colour: str | None) -> np.ndarray:
     """The picture on a colour that Pillow's ImageColor knows, (H, W, 3); as it is without a colour or alpha."""
     if colour is None or picture.shape[2:] != (4,):
         return picture
-    clear = Image.fromarray(picture)
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", clear.size, colour), clear).convert("RGB"))
+    laid = np.empty((*picture.shape[:2], 3), np.uint8)
+    for rows in bands(*picture.shape[:2]):
+        clear = Image.fromarray(picture[rows])
+        laid[rows] = Image.alpha_composite(Image.new("RGBA", clear.size, colour), clear).convert("RGB")
+    return laid
 
 
 def with_alpha_of(content: np.ndarray, picture: np.ndarray) -> np.ndarray:

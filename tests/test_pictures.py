@@ -1,6 +1,7 @@
 """Reading, resizing, colours, naming and saving; what may be given as a picture."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,18 @@ from PIL import Image
 
 import deepstyle
 from deepstyle import Pictures, Settings
-from deepstyle_support.pictures import MEAN_BGR, RESAMPLING, enlarge, from_input_space, resize
+from deepstyle_support.pictures import (
+    MEAN_BGR,
+    RESAMPLING,
+    colours,
+    enlarge,
+    from_input_space,
+    match_colours,
+    recolour,
+    resize,
+    to_input_space,
+    with_colours_of,
+)
 from deepstyle_support.transparency import laid_on
 
 
@@ -143,7 +155,7 @@ def test_greys_are_scaled_by_what_is_white(tmp_path, mode, grey, white):
     values[0], values[1] = white, grey
     Image.fromarray(values).save(tmp_path / "a.tif")
     picture, _ = deepstyle.read_picture(str(tmp_path / "a.tif"))
-    assert picture[0, 0, 0] == (127 if white == 2**31 - 1 else 255)
+    assert picture[0, 0, 0] == 255
     assert abs(int(picture[1, 0, 0]) - 255 * grey / white * picture[0, 0, 0] / 255) <= 1
     assert picture[2, 0, 0] == 0
 
@@ -243,3 +255,61 @@ def test_whatever_is_given_stylize_begins_or_says_what_is_wrong(begin):
         except deepstyle.UserError as error:
             assert "\n" not in str(error)
     assert 50 < begun < 350
+
+
+LARGE = smooth_picture(1, 1100, 1500)  # several bands
+OTHER = LARGE[::-1] // 2 + 20
+
+
+def test_what_is_done_a_band_at_a_time_is_what_is_done_at_once():
+    for method, resampling in RESAMPLING.items():
+        at_once = np.asarray(Image.fromarray(LARGE).resize((700, 400), resampling))
+        np.testing.assert_array_equal(resize(LARGE, (400, 700), method), at_once)
+    luma, chroma = (Image.fromarray(one).convert("YCbCr").split() for one in (OTHER, LARGE))
+    at_once = np.asarray(Image.merge("YCbCr", (luma[0], *chroma[1:])).convert("RGB"))
+    np.testing.assert_array_equal(with_colours_of(LARGE, OTHER), at_once)
+    np.testing.assert_array_equal(to_input_space(LARGE), LARGE[..., ::-1].astype(np.float32) - MEAN_BGR)
+    x = np.random.default_rng(0).normal(0, 150, LARGE.shape)
+    at_once = np.clip(np.rint(x + MEAN_BGR), 0, 255).astype(np.uint8)[..., ::-1]
+    np.testing.assert_array_equal(from_input_space(x), at_once)
+    clear = np.dstack([LARGE, OTHER[..., 0]])
+    on_red = Image.alpha_composite(Image.new("RGBA", (1500, 1100), "red"), Image.fromarray(clear)).convert("RGB")
+    np.testing.assert_array_equal(laid_on(clear, "red"), np.asarray(on_red))
+
+
+def test_mean_and_covariance_are_those_of_all_pixels():
+    mask = np.random.default_rng(0).random((1100, 1500, 1))
+    clear = np.dstack([LARGE, OTHER[..., 0]])
+    counted = {"all": (LARGE, None, None), "mask": (LARGE, mask, mask)}
+    counted |= {"alpha": (clear, None, clear[..., 3] / 255), "both": (clear, mask, mask * clear[..., 3:] / 255)}
+    for picture, limits, counts in counted.values():
+        pixels, weights = LARGE.reshape(-1, 3).astype(float), None if counts is None else counts.ravel()
+        found = colours(picture, limits)
+        np.testing.assert_allclose(found.mean, np.average(pixels, 0, weights), rtol=1e-10)
+        expected = np.cov(pixels.T, aweights=weights, ddof=1 if weights is None else 0)
+        np.testing.assert_allclose(found.covariance, expected, rtol=1e-9)
+
+
+HUGE = np.broadcast_to(smooth_picture(1, 1, 3000), (2000, 3000, 3))
+SHADE = np.broadcast_to(np.float32(0.5), (2000, 3000, 1))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda: colours(HUGE).mean,
+        lambda: match_colours(HUGE, HUGE[:, ::-1]),
+        lambda: recolour(HUGE, [HUGE[:, ::-1], HUGE], [1.0, 2.0], []),
+        lambda: recolour(HUGE, [HUGE[:, ::-1], HUGE], [1.0, 2.0], [SHADE, SHADE]),
+        lambda: with_colours_of(HUGE, HUGE[:, ::-1]),
+        lambda: resize(HUGE, (2000, 2999)),
+        lambda: to_input_space(HUGE),
+        lambda: from_input_space(np.broadcast_to(np.float32(1), HUGE.shape)),
+    ],
+)
+def test_large_pictures_take_little_memory_beside_the_result(step):
+    tracemalloc.start()
+    result = step()
+    beside = tracemalloc.get_traced_memory()[1] - result.nbytes
+    tracemalloc.stop()
+    assert beside < 70e6  # a float for each number would be 144 MB

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from conftest import smooth_picture
+from odd_files import chunk, png, tiff
 from PIL import Image
 from test_losses import LAYERS, SIZE, found, on_grid, picture, soft_mask, some_x  # noqa: F401
 from test_outputs import describe, pixels, run
@@ -132,6 +133,62 @@ def test_colours_of_the_content_are_kept_at_a_transparent_edge():
     content, x = clear(1), deepstyle.to_input_space(picture(3))
     kept, of_filled = (deepstyle.finish(x, one, Settings(preserve_color=True)) for one in (content, filled(content)))
     np.testing.assert_array_equal(kept[..., :3], of_filled)
+
+
+def read(tmp_path, data):
+    (tmp_path / "a").write_bytes(data)
+    picture, notes = deepstyle.read_picture(str(tmp_path / "a"))
+    return picture[..., :3], np.full(picture.shape[:2], 255) if picture.shape[2] == 3 else picture[..., 3], notes
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_grey_of_any_bits_may_be_transparent_in_a_png(tmp_path, bits):
+    # Of 16 bits some greys differ in the lower 8 only.
+    greys = np.random.default_rng(0).integers(0, min(2**bits, 5), (20, 30)) + (0x1230 if bits == 16 else 0)
+    for grey in np.unique(greys):
+        beyond = 0xAB00 if bits in (2, 4, 8) else 0  # bits that do not count
+        data = png(0, bits, greys, chunk(b"tRNS", int(grey | beyond).to_bytes(2, "big")))
+        shown, alpha, notes = read(tmp_path, data)
+        np.testing.assert_array_equal(alpha, np.where(greys == grey, 0, 255))
+        np.testing.assert_allclose(shown[..., 0], greys * 255 / (2**bits - 1), atol=1)
+        assert notes == []
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_colour_may_be_transparent_in_a_png(tmp_path, bits, turned):
+    colours = np.random.default_rng(0).integers(0, 3, (20, 30, 3)) + (0x1200 if bits == 16 else 0)
+    key = b"".join(int(number).to_bytes(2, "big") for number in colours[3, 3])
+    orientation = chunk(b"eXIf", b"II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0")
+    chunks = [chunk(b"tRNS", key), *([orientation] if turned else [])]
+    _, alpha, _ = read(tmp_path, png(2, bits, colours, *chunks))
+    expected = np.where((colours == colours[3, 3]).all(axis=-1), 0, 255)
+    np.testing.assert_array_equal(alpha, np.rot90(expected, -1) if turned else expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_palettes_colours_may_be_transparent_in_any_degree(tmp_path, bits):
+    generator = np.random.default_rng(0)
+    index, table = generator.integers(0, 2**bits, (20, 30)), generator.integers(0, 256, (2**bits, 4), np.uint8)
+    table[:, 3] //= 2
+    chunks = chunk(b"PLTE", table[:, :3].tobytes()), chunk(b"tRNS", table[:, 3].tobytes())
+    shown, alpha, _ = read(tmp_path, png(3, bits, index, *chunks))
+    np.testing.assert_array_equal(np.dstack([shown, alpha]), table[index])
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(("extra", "in_planes"), [(0, False), (1, False), (2, False), (1, True), (2, True)])
+def test_a_tiffs_extra_samples_say_what_they_are(tmp_path, extra, in_planes, compressed, order):
+    pixels = np.random.default_rng(0).integers(1, 256, (20, 30, 4), np.uint8)
+    alpha = pixels[..., 3:]
+    stored = np.dstack([np.minimum(pixels[..., :3], alpha), alpha]) if extra == 1 else pixels
+    tags = {258: (3, [8] * 4), 262: (3, [2]), 277: (3, [4]), 338: (3, [extra]), 284: (3, [1 + in_planes])}
+    planes = [stored[..., channel].tobytes() for channel in range(4)] if in_planes else [stored.tobytes()]
+    shown, opacity, _ = read(tmp_path, tiff(planes, (20, 30), tags, order, compressed))
+    np.testing.assert_array_equal(opacity, alpha[..., 0] if extra else 255)
+    expected = np.minimum(stored[..., :3] * 255.0 / alpha, 255) if extra == 1 else pixels[..., :3]
+    assert np.abs(shown - expected).max() <= 1
 
 
 @pytest.fixture
