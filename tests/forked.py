@@ -19,8 +19,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+USUAL: dict[int, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
 SCRIPT = Path(__file__).parent.parent / "deepstyle.py"
 
 
@@ -174,7 +179,7 @@ def serve(asking):
     import_keras()
     gc.freeze()  # or else each child would copy all of it to look for garbage
     asking.sendall(b"+")
-    running = {}  # {descriptor of a process: (its pid, where to say how it ended)}
+    running: dict[int, tuple] = {}  # {descriptor of a process: (its pid, where to say how it ended)}
     while True:
         for ready in select.select([asking, *running], [], [])[0]:
             if ready is asking:

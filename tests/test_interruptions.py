@@ -211,18 +211,8 @@ def test_many_iterations_need_no_more_memory_or_files_than_twenty(picture_files,
 def test_the_same_command_gives_the_same_pictures_bit_for_bit(picture_files, tmp_path, flags):
     files = []
     for _ in range(2):
-        command = [
-            *picture_files,
-            tmp_path / "out",
-            *SMALL,
-            "--image_size",
-            "80",
-            "--num_iter",
-            "1",
-            "--overwrite",
-            *flags,
-        ]
-        run = forked.cold_start(*command, env=all_threads())
+        command = [*picture_files, tmp_path / "out", *SMALL, "--image_size", "80", "--num_iter", "1", *flags]
+        run = forked.cold_start(*command, "--overwrite", env=all_threads())
         assert run.communicate(timeout=120)[1] == ""
         files.append([picture(tmp_path / "out", 1).read_bytes()])
     assert files[0] == files[1]
