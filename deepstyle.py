@@ -35,7 +35,7 @@ try:
     from deepstyle_support.callbacks import Closed, as_generator
     from deepstyle_support.convolution import Kernel, convolve, kernel_on_device
     from deepstyle_support.device import describe_device
-    from deepstyle_support.files import Outputs, base_path
+    from deepstyle_support.files import Outputs
     from deepstyle_support.folder import Batch, Photo, arguments_for, folders_in, photos_in, printable
     from deepstyle_support.lbfgs import Curvature, device_lbfgs, kept_bytes
     from deepstyle_support.memory import (
@@ -48,6 +48,7 @@ try:
         smaller_tile,
     )
     from deepstyle_support.messages import Stream, UserError, in_words, require_choice, say, tell, words
+    from deepstyle_support.ownership import base_path
     from deepstyle_support.pictures import (
         MEAN_BGR,
         RESAMPLING,
@@ -1077,6 +1078,12 @@ def finish(x: np.ndarray, content: np.ndarray, settings: Settings, color_mask: n
     return with_alpha_of(content, picture)
 
 
+def shown_picture(x: np.ndarray, size: tuple[int, int], pictures: Pictures, settings: Settings) -> np.ndarray:
+    """What is shown of x, (H, W, 3) float in input space, as a picture of (rows, columns): a coarse one is enlarged."""
+    full = x if x.shape[:2] == size else enlarge(x.astype(np.float32), size)
+    return finish(full, pictures.content, settings, pictures.color_mask)
+
+
 def paint(
     pictures: Pictures,
     settings: Settings,
@@ -1112,8 +1119,7 @@ def paint(
         full, tile = size == sizes[-1], objective.tile
         for reached in iterations_at(objective, state, settings, full, totals[size], watch, stop, plan.history):
             x, exact = reached.state.x, exact and objective.tile == tile
-            shown = x if full else enlarge(x.astype(np.float32), sizes[-1])
-            picture = finish(shown, pictures.content, settings, pictures.color_mask)
+            picture = shown_picture(x, sizes[-1], pictures, settings)
             as_it_is = dataclasses.replace(settings, rescale_image=False)
             yield reached._replace(
                 picture=picture,
@@ -1339,25 +1345,35 @@ def run(
     weights, source = (shared.weights, "") if shared else load_weights(settings.weights, settings.seed, settings.model)
     console = console_for(arguments)
     show: Callable[[str], None] = (lambda line: None) if shared else console.print
-    with outputs.owned():
-        state = (
-            outputs.read_state(what_shapes(pictures, settings, weights), Settings().decisive())
-            if arguments.resume
-            else None
+    shapes, defaults = what_shapes(pictures, settings, weights), Settings().decisive()
+
+    def begin(state: State | None) -> None:
+        outputs.made = how_it_is_made(arguments, settings, plan, computing.program)
+        outputs.begin(
+            lambda: shown_picture(start_picture(pictures, size, settings), size, pictures, settings),
+            totals,
+            state,
+            pictures.named(),
+            dataclasses.asdict(Settings()),
         )
-        outputs.check_extras_are_ours()  # again, now that no other run can write them
+
+    with outputs.owned() as note:
+        if note and not shared:
+            outputs.note(note)
+        state = outputs.read_state(shapes, defaults) if arguments.resume else None
         full = state if state and state.size == size else None
         done = full.iteration if full else 0
-        if full:
-            outputs.expect(full, lambda: finish(full.x, pictures.content, settings, pictures.color_mask))
+        if state:
+            outputs.expect(state, not full, lambda: shown_picture(state.x, size, pictures, settings))
         if full and (nothing := why_nothing_to_do(full, settings)):
+            if outputs.is_behind(full):
+                begin(full)
             for path in outputs.finish():
                 show(f"saved {path}")
             if not (arguments.quiet or shared):
                 tell(f"nothing to do: {nothing}")
             return Ending(0, False, float(full.losses[-1][0]), outputs.latest_picture(done))
         device = computing.device()
-        outputs.made = how_it_is_made(arguments, settings, plan, computing.program)
         if not state and (moved := outputs.clear_the_way(arguments.overwrite)):
             console.print(printable(moved) if shared else moved)
         if arguments.resume:
@@ -1372,11 +1388,7 @@ def run(
         def on_smaller_tiles(tile: int) -> None:
             console.print(f"{name}out of memory: trying again in tiles of at most {tile} pixels")
 
-        def start_as_shown() -> np.ndarray:
-            start = start_picture(pictures, size, settings)
-            return finish(start, pictures.content, settings, pictures.color_mask)
-
-        outputs.begin(start_as_shown, totals, state, pictures.named(), dataclasses.asdict(Settings()))
+        begin(state)
         with (
             signals_as_wishes(shared.received if shared else None) as received,
             progress_bar(console, totals, EVALUATIONS_PER_ITERATION, name) as advance,
@@ -1384,14 +1396,14 @@ def run(
 
             def on_evaluation(size: tuple[int, int], count: int, evaluation: Evaluation) -> None:
                 advance(size, count, evaluation.loss)
-                outputs.note(size, count, loss_row(evaluation))
+                outputs.add_evaluation(size, count, loss_row(evaluation))
 
             reuse = shared.reuse if shared else None
             watch = on_evaluation, lambda: bool(received), on_smaller_tiles
             iterations = paint(pictures, settings, weights, plan, state, *watch, reuse, computing.make)
             last = save_all(iterations, outputs, totals, show)
     if received:
-        tell(name + describe_stop(last, done + bool(full and full.partial)))
+        tell(name + describe_stop(last, state, size))
         return Ending(128 + received[0], True)
     if early := why_early(last, done, settings):
         show(early)
@@ -1449,7 +1461,9 @@ def run_folder(arguments: argparse.Namespace, settings: Settings) -> int:
         return batch.end()
     weights, source = load_weights(settings.weights, settings.seed, settings.model)
     batch.show(f"painting {len(batch.left())} photos on {describe_device()}; {source}")
-    with batch.owned(), signals_as_wishes() as received:
+    with batch.owned(arguments.report) as note, signals_as_wishes() as received:
+        if note and not arguments.quiet:
+            tell(note)
         shared = Shared(beside, free, weights, Reuse(), received)
         for photo in batch.left():
             if not received:
@@ -1511,6 +1525,7 @@ def outputs_of(arguments: argparse.Namespace) -> Outputs:
     extras: dict[str, Any] = {
         name: Path(path) for name in ("animation", "log", "tensorboard", "report") if (path := getattr(arguments, name))
     }
+    extras |= {"note": lambda note: None} if arguments.quiet else {}
     return Outputs(base_path(arguments.prefix), arguments.every, **extras)
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from .files import lock_of
+from .locks import folder_for, lock_of
 from .messages import UserError, in_words, tell
+from .ownership import remove_unfinished
 from .reading import read_picture
 from .records import Ending
 from .report import THUMBNAIL, Card, encoded, title_of, write_index
@@ -110,13 +111,16 @@ class Batch:
         """Those whose run has neither ended nor failed."""
         return [photo for photo in self.photos if not (photo.ending or photo.failure)]
 
-    def owned(self) -> contextlib.AbstractContextManager[None]:
-        """Make the folder of the results, and let no other batch write there. Raises UserError if one does."""
-        try:
-            self.results.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder '{self.results}': {error.strerror}") from error
-        return lock_of(self.results / "photos")
+    @contextlib.contextmanager
+    def owned(self, report: str | None) -> Iterator[str]:
+        """Make the folder of the results, and let no other batch write there; `report` is the name of the page in it.
+
+        Yields what the person is to be told, if anything. Raises UserError if another batch writes there.
+        """
+        inside = self.results / "photos"
+        with folder_for(inside), lock_of(inside) as note:
+            remove_unfinished(self.results, lambda path: path.name == report)
+            yield note
 
     @contextlib.contextmanager
     def failures(self, photo: Photo) -> Iterator[None]:

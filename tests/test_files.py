@@ -13,9 +13,10 @@ from PIL import Image
 
 import deepstyle
 from deepstyle import Settings
-from deepstyle_support import files
+from deepstyle_support import ownership
 from deepstyle_support.disk import write_whole
-from deepstyle_support.files import Outputs, base_path
+from deepstyle_support.files import Outputs
+from deepstyle_support.ownership import base_path
 from deepstyle_support.pictures import from_input_space
 
 
@@ -277,13 +278,13 @@ def test_metadata_of_the_inputs_does_not_reach_the_outputs(picture_files, tmp_pa
 
 def test_a_disk_without_room_is_noticed_before_the_start(tmp_path, monkeypatch):
     Outputs(tmp_path / "a").check([], (32, 32))
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(ownership.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(deepstyle.UserError, match="1000 bytes free"):
         Outputs(tmp_path / "a").check([], (32, 32))
 
 
 def test_a_folder_that_may_not_be_written_is_noticed_before_the_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.os, "access", lambda folder, mode: False)  # root may write everywhere
+    monkeypatch.setattr(ownership.os, "access", lambda folder, mode: False)  # root may write everywhere
     with pytest.raises(deepstyle.UserError, match="no permission"):
         Outputs(tmp_path / "new" / "a").check([], (32, 32))
 

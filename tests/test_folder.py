@@ -15,7 +15,7 @@ from conftest import SMALL, smooth_picture
 from PIL import Image
 
 import deepstyle
-from deepstyle_support import files
+from deepstyle_support import locks
 from deepstyle_support.reading import read_picture, shape_of
 from deepstyle_support.reuse import Reuse
 
@@ -191,12 +191,12 @@ def test_a_second_run_moves_each_photos_pictures_aside_or_replaces_them(photos, 
 
 def test_of_two_runs_at_once_the_second_is_told(photos, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    with files.lock_of(tmp_path / "out" / "photos"):
+    with locks.lock_of(tmp_path / "out" / "photos"):
         assert paint(photos) == 2
     assert "another run is writing" in capsys.readouterr().err
     assert names(tmp_path / "out") == []
     (tmp_path / "out" / "a.jpg").mkdir()
-    with files.lock_of(tmp_path / "out" / "a.jpg" / "result_image"):
+    with locks.lock_of(tmp_path / "out" / "a.jpg" / "result_image"):
         assert paint(photos) == 1
     assert "failed: a.jpg: another run is writing" in capsys.readouterr().err
     assert (tmp_path / "out" / "b c.png" / LAST).exists()
