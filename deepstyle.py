@@ -35,7 +35,7 @@ try:
     from deepstyle_support.callbacks import Closed, as_generator
     from deepstyle_support.convolution import Kernel, convolve, kernel_on_device
     from deepstyle_support.device import describe_device
-    from deepstyle_support.files import Outputs
+    from deepstyle_support.files import Outputs, outputs_of
     from deepstyle_support.folder import Batch, Photo, arguments_for, folders_in, photos_in, printable
     from deepstyle_support.lbfgs import Curvature, device_lbfgs, kept_bytes
     from deepstyle_support.memory import (
@@ -65,7 +65,7 @@ try:
     from deepstyle_support.provenance import description
     from deepstyle_support.reading import read_picture, shape_of
     from deepstyle_support.records import Ending, Iteration, State
-    from deepstyle_support.report import check_index, held_for_report
+    from deepstyle_support.report import held_for_report
     from deepstyle_support.reuse import Reuse
     from deepstyle_support.terminal import (
         describe_iteration,
@@ -73,6 +73,7 @@ try:
         fill_closed_descriptors,
         progress_bar,
         signals_as_wishes,
+        where_it_goes_on,
     )
     from deepstyle_support.transparency import alpha_of, filled, laid_on, with_alpha_of
     from deepstyle_support.vgg import CHANNELS, halo, layer_name, stride
@@ -1423,14 +1424,6 @@ def why_nothing_to_do(state: State, settings: Settings) -> str:
     return ""
 
 
-def where_it_goes_on(state: State | None, size: tuple[int, int]) -> str:
-    """What --resume finds for a picture of (rows, columns), in words."""
-    if not state:
-        return "there is nothing to resume: a new run"
-    where = f" at {state.size[0]} x {state.size[1]}" if state.size != size else ""
-    return f"going on after iteration {state.iteration}{where}"
-
-
 def why_early(last: Iteration | None, done: int, settings: Settings) -> str:
     """Why a run that nobody stopped has ended before its time, in words; empty if it has not.
 
@@ -1480,8 +1473,8 @@ def check_folder(arguments: argparse.Namespace, settings: Settings) -> tuple[Bat
     batch = Batch(photos_in(folder, results), results, console_for(arguments).print, arguments.debug)
     common = arguments_for(Photo(folder, results), arguments)
     outputs_of(common).check(input_paths(common, settings), (SMALLEST, SMALLEST))
-    if common.report:
-        check_index(Path(common.report))
+    if arguments.report:
+        batch.check_page(arguments.report)
     beside = read_beside(arguments, settings)
     # What a square photo would be refused for is no photo's fault.
     check_agreement(Pictures(np.zeros((SMALLEST, SMALLEST, 3), np.uint8), **beside), settings)
@@ -1518,15 +1511,6 @@ def save_all(
     for path in outputs.finish():
         show(f"saved {path}")
     return last
-
-
-def outputs_of(arguments: argparse.Namespace) -> Outputs:
-    """What the command is to write. Raises UserError if PREFIX cannot be the beginning of a file's name."""
-    extras: dict[str, Any] = {
-        name: Path(path) for name in ("animation", "log", "tensorboard", "report") if (path := getattr(arguments, name))
-    }
-    extras |= {"note": lambda note: None} if arguments.quiet else {}
-    return Outputs(base_path(arguments.prefix), arguments.every, **extras)
 
 
 MASKS = ("style_masks", "content_mask", "color_mask")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .outputs import (
     write_events,
     write_log,
 )
-from .ownership import RunFiles, files_of, real
+from .ownership import RunFiles, base_path, files_of, real
 from .pictures import resize
 from .profiles import png_tags
 from .provenance import read_made
@@ -109,7 +110,7 @@ class Outputs(RunFiles):
             if state:
                 self._make_up_rows(state, full, before)
             if self.report:
-                facts = facts_of(self.made, defaults, inputs, max(full))
+                facts = facts_of(self.made, defaults, inputs, max(full), self._record.run)
                 self._begin_report(self.report, facts, totals, start(), state, before)
             if self.animation:
                 self._begin_animation(start(), state, before)
@@ -138,7 +139,7 @@ class Outputs(RunFiles):
             write_log(real(self.log), rows)
             self._made_up.append(self.log)
         events, missing = self._events, self._rows_without_events(self._record, full)
-        if not events or not missing:
+        if not (self.tensorboard and events and missing):
             return
         self._write_state(state, state.learnt())  # which says that the file is ours
         for row in missing:
@@ -146,7 +147,7 @@ class Outputs(RunFiles):
             losses = {name: float(value) for name, value in list(row.items())[5:]}
             picture = read_saved(before[key]) if key in before else None
             write_events(events, key[0], key[0] != full, key[1], losses, picture)
-        self._made_up.append(events)
+        self._made_up.append(self.tensorboard)
 
     def _rows_without_events(self, record: Record, full: Size) -> list[dict[str, str]]:
         """The rows whose losses are in none of the files that this run wrote for TensorBoard."""
@@ -167,7 +168,7 @@ class Outputs(RunFiles):
         """Go on with the report that is there, or begin one; its `facts` stay the same."""
         readers = {key: functools.partial(self._picture_before, key, before) for key in before}
         taken = taken_over(path, readers, state, self._record.logged()) if state else ([], {})
-        self._report = report_of(real(path), facts | {"run": self._record.run}, totals, start, taken)
+        self._report = report_of(real(path), facts, totals, start, taken)
         shown = {(one.size, one.number) for one in self._report.shown}
         self._tell_missing("report", [saved for key, saved in before.items() if key not in shown])
         if state and not shows(path, state):
@@ -291,6 +292,15 @@ class Outputs(RunFiles):
         path = self.picture_path(number, coarse_size)
         write_whole(path, lambda file: Image.fromarray(picture).save(file, format="PNG", pnginfo=text))
         return path
+
+
+def outputs_of(arguments: Namespace) -> Outputs:
+    """What the command is to write. Raises UserError if PREFIX cannot be the beginning of a file's name."""
+    extras: dict[str, Any] = {
+        name: Path(path) for name in ("animation", "log", "tensorboard", "report") if (path := getattr(arguments, name))
+    }
+    extras |= {"note": lambda note: None} if arguments.quiet else {}
+    return Outputs(base_path(arguments.prefix), arguments.every, **extras)
 
 
 def read_saved(path: Path) -> np.ndarray | None:

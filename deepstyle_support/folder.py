@@ -14,7 +14,7 @@ from .messages import UserError, in_words, tell
 from .ownership import remove_unfinished
 from .reading import read_picture
 from .records import Ending
-from .report import THUMBNAIL, Card, encoded, title_of, write_index
+from .report import THUMBNAIL, Card, check_index, encoded, title_of, write_index
 
 # Windows hides these in every folder that it has shown; where the folder is copied to, the name alone says so.
 LEFT_BY_WINDOWS = ("thumbs.db", "desktop.ini")
@@ -153,6 +153,12 @@ class Batch:
         owner = self._owners.setdefault((found.st_dev, found.st_ino), photo.path.name)
         if owner != photo.path.name:
             raise UserError(f"its results would go where those of '{owner}' are; rename one of the two")
+
+    def check_page(self, report: str) -> None:
+        """Raise UserError if the page of the photos cannot be written by this name."""
+        if any(photo.path.name == report for photo in self.photos):
+            raise UserError(f"--report is '{report}', and so is a photo, whose results have their folder there")
+        check_index(self.results / report)
 
     def write_page(self, report: str, folder: str, styles: list[str]) -> None:
         """Write the page of those photos whose runs have ended or failed, with links to their own reports."""

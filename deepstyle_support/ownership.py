@@ -142,8 +142,8 @@ class RunFiles:
             for other, path in others.items():
                 if (path == place and other != "PREFIX") or (flag != "--tensorboard" and place in path.parents):
                     raise UserError(f"{flag} is '{self.extras[flag]}', where {other} needs another file or a folder")
-        if base.parent.is_dir():
-            for path in filter(self.owns, base.parent.iterdir()):
+        if self.base.parent.is_dir():
+            for path in filter(self.owns, self.base.parent.iterdir()):
                 if path.exists() and not path.is_file():
                     raise UserError(f"'{path}' is no file; a run with this PREFIX would write there; choose another")
 

@@ -81,17 +81,20 @@ class Report:
         write_page(self.path, "report.html", **self.facts, **how, shown=self.shown, totals=self.totals)
 
 
-def facts_of(made: dict[str, Any], defaults: dict[str, Any], inputs: dict[str, np.ndarray], side: int) -> dict:
+def facts_of(
+    made: dict[str, Any], defaults: dict[str, Any], inputs: dict[str, np.ndarray], side: int, run: str = ""
+) -> dict[str, Any]:
     """What a report says of the whole run, as plain data.
 
     made: as in a picture's text, defaults: of the settings, inputs: the pictures by their names in words, side: the
-    longer one of the generated picture, which the content is shown in.
+    longer one of the generated picture, which the content is shown in, run: by what the report is known as its own.
     """
     painted = [name for name in inputs if "mask" not in name and name != "start"]
     files = dict(zip(painted, made["pictures"], strict=True))
     sides = {name: min(SIDE, side) if name == "content" else THUMBNAIL for name in inputs}
     return {
         "made": made,
+        "run": run,
         "title": title_of(*made["pictures"]),
         "inputs": {name: (files.get(name, ""), encoded(picture, sides[name])) for name, picture in inputs.items()},
         "settings": {name: (words(value), words(defaults[name])) for name, value in made["settings"].items()},
@@ -140,10 +143,12 @@ def taken_over(
         if key in shown:
             found.append(shown[key])
         elif (picture := read()) is not None:
-            found.append(Shown(*key, *told_of(*key, state, rows), state.partial and key == own, encoded(picture, SIDE)))
+            size, number = key
+            told = told_of(size, number, state, rows)
+            found.append(Shown(size, number, *told, state.partial and key == own, encoded(picture, SIDE)))
     numbers = {(state.size, number) for number in range(1, len(state.losses))}
-    told = {key: told_of(*key, state, rows) for key in sorted(numbers | {*rows})}
-    ends = {(size, evaluations): losses for (size, _), (evaluations, losses, _, _) in told.items()}
+    every = {key: told_of(*key, state, rows) for key in sorted(numbers | {*rows})}
+    ends = {(size, evaluations): losses for (size, _), (evaluations, losses, _, _) in every.items()}
     return found, points_before(points, ends | {(state.size, 1): state.losses[0].tolist()}, state)
 
 

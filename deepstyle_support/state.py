@@ -38,7 +38,8 @@ class Record:
             held = path.read_bytes() if path.is_file() else None
         except OSError:
             return False
-        marks = [self.run.encode(), *(row.encode() for row in self.rows[1:])]
+        # A row without the size, which is not in a log by 0.2.0.
+        marks = [self.run.encode(), *(row.split(",", 2)[2].encode() for row in self.rows[1:])]
         return held is not None and (not held or any(mark in held for mark in marks))
 
     def logged(self) -> list[dict[str, str]]:
@@ -58,9 +59,8 @@ def read_record(path: Path, base: Path) -> Record:
             moved = str(file["base"]) != str(base)
             paths = [Path(extra) for extra in json.loads(str(file["extras"]))]
             extras = [base.parent / extra for extra in paths if not (moved and extra.is_absolute())]
-            if "run" not in file:
-                return Record("", extras)
-            return Record(str(file["run"]), extras, file["log"].tobytes().decode().splitlines())
+            run = str(file["run"]) if "run" in file else ""
+            return Record(run, extras, file["log"].tobytes().decode().splitlines() if "log" in file else [])
     except Exception:  # np.load and zipfile raise almost anything
         return Record(run="")
 
@@ -77,8 +77,8 @@ def write_state(path: Path, base: Path, state: State, record: Record, learnt: Cu
         str(extra.relative_to(folder) if extra.is_relative_to(folder) else extra) for extra in record.extras or []
     ]
     contents |= {"shaped_by": json.dumps(state.shaped_by), "extras": json.dumps(extras), "base": str(base)}
-    if record.run:
-        contents |= {"run": record.run, "log": np.frombuffer("\n".join(record.rows).encode(), np.uint8)}
+    contents |= {"run": record.run} if record.run else {}
+    contents |= {"log": np.frombuffer("\n".join(record.rows).encode(), np.uint8)} if record.rows else {}
     contents |= {"way": state.way, **to_arrays(learnt)} if learnt else {}
     write_whole(path, lambda file: np.savez(file, **contents))
 

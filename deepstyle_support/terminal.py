@@ -90,6 +90,14 @@ def signals_as_wishes(received: list[int] | None = None) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def where_it_goes_on(state: State | None, size: tuple[int, int]) -> str:
+    """What --resume finds for a picture of (rows, columns), in words."""
+    if not state:
+        return "there is nothing to resume: a new run"
+    where = f" at {state.size[0]} x {state.size[1]}" if state.size != size else ""
+    return f"going on after iteration {state.iteration}{where}"
+
+
 def describe_iteration(iteration: Iteration, of: int, path: Path | None) -> str:
     """The line that is shown for an iteration, or a part of it. `of`: how many there are to be at its size."""
     rows, columns = iteration.state.size

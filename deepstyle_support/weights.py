@@ -171,7 +171,7 @@ def read_h5(path: Path, model: str) -> Weights:
         if isinstance(item, h5py.Dataset):
             found[name.split("/")[0], item.ndim] = item[()]
 
-    with h5py.File(path) as file:
+    with h5py.File(path, locking=False) as file:  # it is only read, and some file systems have no locks
         file.visititems(visit)
     return {name: (found[keras_name(name), 4], found[keras_name(name), 1]) for name in CHANNELS[model]}
 
