@@ -67,6 +67,7 @@ try:
     from deepstyle_support.records import Ending, Iteration, State
     from deepstyle_support.report import held_for_report
     from deepstyle_support.reuse import Reuse
+    from deepstyle_support.state import read_state
     from deepstyle_support.terminal import (
         describe_iteration,
         describe_stop,
@@ -1361,7 +1362,7 @@ def run(
     with outputs.owned() as note:
         if note and not shared:
             outputs.note(note)
-        state = outputs.read_state(shapes, defaults) if arguments.resume else None
+        state = read_state(outputs.state_path, shapes, defaults) if arguments.resume else None
         full = state if state and state.size == size else None
         done = full.iteration if full else 0
         if state:

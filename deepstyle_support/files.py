@@ -33,7 +33,7 @@ from .provenance import read_made
 from .reading import read_picture
 from .records import Iteration, State
 from .report import Report, facts_of, read_report, report_of, taken_over
-from .state import Record, read_state, write_state
+from .state import Record, write_state
 
 Size = tuple[int, int]  # (rows, columns)
 Key = tuple[Size, int]  # an iteration: its size and its number
@@ -57,13 +57,6 @@ class Outputs(RunFiles):
         self._latest: State | None = None
         self._made_up: list[Path] = []
 
-    def read_state(self, shaped_by: dict[str, str], defaults: dict[str, str]) -> State | None:
-        """The state to go on from; None if there is none. Raises UserError if it is not of such a run.
-
-        shaped_by: all that decides the pictures, defaults: what of it is so if nothing is said.
-        """
-        return read_state(self.state_path, shaped_by, defaults)
-
     def expect(self, state: State, coarse: bool, picture: Callable[[], np.ndarray]) -> None:
         """Write the picture of the state that is gone on from at the end, if it is missing and none comes after it.
 
@@ -83,7 +76,7 @@ class Outputs(RunFiles):
             or (self.log is not None and not is_logged(self.log, record.rows))
             or (self.report is not None and not shows(self.report, state))
             or (self.animation is not None and not is_shown(self.animation, record, state))
-            or (self.tensorboard is not None and bool(self._rows_without_events(record, state.size)))
+            or (self.tensorboard is not None and bool(not record.rows or self._rows_without_events(record, state.size)))
         )
 
     def begin(
