@@ -89,6 +89,15 @@ def test_a_run_that_ended_is_given_all_that_it_did_not_write(picture_files, tmp_
     assert not list((tmp_path / "without").rglob("a.*"))
 
 
+def test_each_of_them_alone_is_made_and_stays_the_runs_own(picture_files, tmp_path, capfd):
+    assert run(picture_files, tmp_path / "a", "--num_iter", 1) == 0
+    for flag, name in EXTRAS.items():
+        for said in (f"saved {tmp_path / name}\n", ""):
+            capfd.readouterr()
+            assert run(picture_files, tmp_path / "a", "--num_iter", 1, flag, tmp_path / name, "--resume") == 0
+            assert capfd.readouterr().out == said
+
+
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_what_a_kill_after_the_last_state_left_out_is_made(picture_files, tmp_path, monkeypatch, goes_on):
     with monkeypatch.context() as killed:
