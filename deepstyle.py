@@ -43,7 +43,7 @@ try:
     from deepstyle_support.callbacks import Closed, as_generator
     from deepstyle_support.convolution import Kernel, convolve, kernel_on_device
     from deepstyle_support.device import describe_device
-    from deepstyle_support.files import Outputs, base_path
+    from deepstyle_support.files import outputs_of
     from deepstyle_support.folder import Batch, Photo, arguments_for, folders_in, photos_in
     from deepstyle_support.lbfgs import Curvature, device_lbfgs, kept_bytes
     from deepstyle_support.memory import (
@@ -56,6 +56,7 @@ try:
         smaller_tile,
     )
     from deepstyle_support.messages import Stream, UserError, answer, in_words, printable, require_choice, tell, words
+    from deepstyle_support.ownership import base_path
     from deepstyle_support.pictures import (
         MEAN_BGR,
         RESAMPLING,
@@ -75,9 +76,10 @@ try:
     from deepstyle_support.provenance import description
     from deepstyle_support.reading import read_picture, shape_of
     from deepstyle_support.records import Ending, Iteration, State
-    from deepstyle_support.report import check_index, held_for_report
+    from deepstyle_support.report import held_for_report
     from deepstyle_support.reuse import Reuse
     from deepstyle_support.saving import save_all
+    from deepstyle_support.state import read_state
     from deepstyle_support.terminal import (
         console_for,
         describe_stop,
@@ -85,6 +87,7 @@ try:
         leave,
         progress_bar,
         signals_as_wishes,
+        where_it_goes_on,
         without_warnings,
     )
     from deepstyle_support.transparency import alpha_of, filled, laid_on, with_alpha_of
@@ -1097,6 +1100,12 @@ def finish(x: np.ndarray, content: np.ndarray, settings: Settings, color_mask: n
     return with_alpha_of(content, picture)
 
 
+def shown_picture(x: np.ndarray, size: tuple[int, int], pictures: Pictures, settings: Settings) -> np.ndarray:
+    """What is shown of x, (H, W, 3) float in input space, as a picture of (rows, columns): a coarse one is enlarged."""
+    full = x if x.shape[:2] == size else enlarge(x.astype(np.float32), size)
+    return finish(full, pictures.content, settings, pictures.color_mask)
+
+
 def paint(
     pictures: Pictures,
     settings: Settings,
@@ -1134,8 +1143,7 @@ def paint(
         with contextlib.closing(here):
             for reached in here:
                 x, exact = reached.state.x, exact and objective.tile == tile
-                shown = x if full else enlarge(x.astype(np.float32), sizes[-1])
-                picture = finish(shown, pictures.content, settings, pictures.color_mask)
+                picture = shown_picture(x, sizes[-1], pictures, settings)
                 as_it_is = dataclasses.replace(settings, rescale_image=False)
                 yield reached._replace(
                     picture=picture,
@@ -1363,23 +1371,34 @@ def run(
     weights, source = (shared.weights, "") if shared else load_weights(*named)
     console = console_for(arguments.quiet)
     show: Callable[[str], None] = (lambda line: None) if shared else console.print
+    shapes, defaults = what_shapes(pictures, settings, weights), Settings().decisive()
+
+    def begin(state: State | None) -> None:
+        outputs.made = how_it_is_made(arguments, settings, plan, computing.program)
+        outputs.begin(
+            lambda: shown_picture(start_picture(pictures, size, settings), size, pictures, settings),
+            totals,
+            state,
+            pictures.named(),
+            dataclasses.asdict(Settings()),
+        )
+
     with (
         signals_as_wishes(shared.received if shared else None) as received,
-        outputs.owned(),
+        outputs.owned() as note,
         contextlib.ExitStack() as at_the_end,
     ):
         at_the_end.callback(computing.end)
-        state = (
-            outputs.read_state(what_shapes(pictures, settings, weights), Settings().decisive())
-            if arguments.resume
-            else None
-        )
-        outputs.check_extras_are_ours()  # again, now that no other run can write them
+        if note and not shared:
+            outputs.note(note)
+        state = read_state(outputs.state_path, shapes, defaults) if arguments.resume else None
         full = state if state and state.size == size else None
         done = full.iteration if full else 0
-        if full:
-            outputs.expect(full, lambda: finish(full.x, pictures.content, settings, pictures.color_mask))
+        if state:
+            outputs.expect(state, not full, lambda: shown_picture(state.x, size, pictures, settings))
         if full and (nothing := why_nothing_to_do(full, settings)):
+            if outputs.is_behind(full):
+                begin(full)
             for path in outputs.finish():
                 show(f"saved {path}")
             if not (arguments.quiet or shared):
@@ -1389,7 +1408,6 @@ def run(
         if received:
             tell(f"{name}stopped before the painting began")
             return Ending(128 + received[0], False)
-        outputs.made = how_it_is_made(arguments, settings, plan, computing.program)
         if not state and (moved := outputs.clear_the_way(arguments.overwrite)):
             console.print(printable(moved) if shared else moved)
         if arguments.resume:
@@ -1404,23 +1422,19 @@ def run(
         def on_smaller_tiles(tile: int) -> None:
             console.print(f"{name}out of memory: trying again in tiles of at most {tile} pixels")
 
-        def start_as_shown() -> np.ndarray:
-            start = start_picture(pictures, size, settings)
-            return finish(start, pictures.content, settings, pictures.color_mask)
-
-        outputs.begin(start_as_shown, totals, state, pictures.named(), dataclasses.asdict(Settings()))
+        begin(state)
         with progress_bar(console, totals, EVALUATIONS_PER_ITERATION, name) as advance:
 
             def on_evaluation(size: tuple[int, int], count: int, evaluation: Evaluation) -> None:
                 advance(size, count, evaluation.loss)
-                outputs.note(size, count, loss_row(evaluation))
+                outputs.add_evaluation(size, count, loss_row(evaluation))
 
             reuse = shared.reuse if shared else None
             watch = on_evaluation, lambda: bool(received), on_smaller_tiles
             iterations = paint(pictures, settings, weights, plan, state, *watch, reuse, computing.make)
             last = save_all(iterations, outputs, totals, show, lambda: bool(received))
         if received:
-            tell(name + describe_stop(last, done + bool(full and full.partial)))
+            tell(name + describe_stop(last, state, size))
             return Ending(128 + received[0], True)
     if early := why_early(last, done, settings):
         show(early)
@@ -1438,14 +1452,6 @@ def why_nothing_to_do(state: State, settings: Settings) -> str:
         least = f"the last iteration improved by less than {settings.min_improvement} %"
         return f"{least}; a smaller --min_improvement goes on from there"
     return ""
-
-
-def where_it_goes_on(state: State | None, size: tuple[int, int]) -> str:
-    """What --resume finds for a picture of (rows, columns), in words."""
-    if not state:
-        return "there is nothing to resume: a new run"
-    where = f" at {state.size[0]} x {state.size[1]}" if state.size != size else ""
-    return f"going on after iteration {state.iteration}{where}"
 
 
 def why_early(last: Iteration | None, done: int, settings: Settings) -> str:
@@ -1478,7 +1484,9 @@ def run_folder(arguments: argparse.Namespace, settings: Settings) -> int:
         return batch.end()
     weights, source = load_weights(settings.weights, settings.seed, settings.model, arguments.quiet)
     batch.show(f"painting {len(batch.left())} photos on {describe_device()}; {source}")
-    with signals_as_wishes() as received, batch.owned():
+    with signals_as_wishes() as received, batch.owned(arguments.report) as note:
+        if note and not arguments.quiet:
+            tell(note)
         shared = Shared(beside, free, weights, Reuse(), received)
         for photo in batch.left():
             if not received:
@@ -1495,22 +1503,14 @@ def check_folder(arguments: argparse.Namespace, settings: Settings) -> tuple[Bat
     batch = Batch(photos_in(folder, results), results, console_for(arguments.quiet).print, arguments.debug)
     common = arguments_for(Photo(folder, results), arguments)
     outputs_of(common).check(input_paths(common, settings), (SMALLEST, SMALLEST))
-    if common.report:
-        check_index(Path(common.report))
+    if arguments.report:
+        batch.check_page(arguments.report)
     beside = read_beside(arguments, settings)
     # What a square photo would be refused for is no photo's fault.
     check_agreement(Pictures(np.zeros((SMALLEST, SMALLEST, 3), np.uint8), **beside), settings)
     if not arguments.quiet and (passed_over := folders_in(folder, results)):
         tell(f"folders in '{folder}' are not looked into: {words(passed_over)}")
     return batch, beside
-
-
-def outputs_of(arguments: argparse.Namespace) -> Outputs:
-    """What the command is to write. Raises UserError if PREFIX cannot be the beginning of a file's name."""
-    extras: dict[str, Any] = {
-        name: Path(path) for name in ("animation", "log", "tensorboard", "report") if (path := getattr(arguments, name))
-    }
-    return Outputs(base_path(arguments.prefix), arguments.every, **extras)
 
 
 MASKS = ("style_masks", "content_mask", "color_mask")

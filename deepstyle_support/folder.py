@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from .files import lock_of
+from .locks import folder_for, lock_of
 from .messages import UserError, in_words, printable, tell
+from .ownership import remove_unfinished
 from .reading import read_picture
 from .records import Ending
-from .report import THUMBNAIL, Card, encoded, title_of, write_index
+from .report import THUMBNAIL, Card, check_index, encoded, title_of, write_index
 
 # Windows hides these in every folder that it has shown; where the folder is copied to, the name alone says so.
 LEFT_BY_WINDOWS = ("thumbs.db", "desktop.ini")
@@ -111,13 +112,16 @@ class Batch:
         """Those whose run has neither ended nor failed."""
         return [photo for photo in self.photos if not (photo.ending or photo.failure)]
 
-    def owned(self) -> contextlib.AbstractContextManager[None]:
-        """Make the folder of the results, and let no other batch write there. Raises UserError if one does."""
-        try:
-            self.results.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder '{self.results}': {error.strerror}") from error
-        return lock_of(self.results / "photos")
+    @contextlib.contextmanager
+    def owned(self, report: str | None) -> Iterator[str]:
+        """Make the folder of the results, and let no other batch write there; `report` is the name of the page in it.
+
+        Yields what the person is to be told, if anything. Raises UserError if another batch writes there.
+        """
+        inside = self.results / "photos"
+        with folder_for(inside), lock_of(inside) as note:
+            remove_unfinished(self.results, lambda path: path.name == report)
+            yield note
 
     @contextlib.contextmanager
     def failures(self, photo: Photo) -> Iterator[None]:
@@ -150,6 +154,12 @@ class Batch:
         owner = self._owners.setdefault((found.st_dev, found.st_ino), photo.path.name)
         if owner != photo.path.name:
             raise UserError(f"its results would go where those of '{owner}' are; rename one of the two")
+
+    def check_page(self, report: str) -> None:
+        """Raise UserError if the page of the photos cannot be written by this name."""
+        if any(photo.path.name == report for photo in self.photos):
+            raise UserError(f"--report is '{report}', and so is a photo, whose results have their folder there")
+        check_index(self.results / report)
 
     def write_page(self, report: str, folder: str, styles: list[str]) -> None:
         """Write the page of those photos whose runs have ended or failed, with links to their own reports.

@@ -9,8 +9,10 @@ import functools
 import io
 import json
 import math
+import os
 import re
 import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ from PIL import Image
 from .disk import write_whole
 from .messages import UserError, words
 from .provenance import command_again, how_close
-from .reading import read_picture
 from .records import Iteration, State
 
 LOSSES = ("total", "content", "style", "total variation")  # in the order of a State's losses
@@ -67,25 +68,33 @@ class Report:
         self.points[iteration.state.size, iteration.evaluations] = losses
         about = iteration.number, iteration.evaluations, losses, iteration.improvement, iteration.seconds
         picture = iteration.own_size if iteration.coarse else iteration.picture
-        self.shown.append(Shown(iteration.state.size, *about, iteration.state.partial, encoded(picture, SIDE)))
-        self.shown = thinned(self.shown, MOST_PICTURES, [one.number for one in self.shown])
+        whole = [one for one in self.shown if not one.partial]  # the iteration that was stopped is this one
+        shown = Shown(iteration.state.size, *about, iteration.state.partial, encoded(picture, SIDE))
+        self.shown = thinned([*whole, shown], MOST_PICTURES, [one.number for one in [*whole, shown]])
         kept = thinned(list(self.points), MOST_POINTS, [count for _, count in self.points])
         self.points = {key: self.points[key] for key in kept}
-        how = {"again": how_close(iteration.exact), "plot": plot(self.points), "saved": saved(self.shown, self.points)}
+        self.write(iteration.exact)
+
+    def write(self, exact: bool) -> None:
+        """Write what there is to show. exact: whether the command makes the same pictures."""
+        how = {"again": how_close(exact), "plot": plot(self.points), "saved": saved(self.shown, self.points)}
         write_page(self.path, "report.html", **self.facts, **how, shown=self.shown, totals=self.totals)
 
 
-def facts_of(made: dict[str, Any], defaults: dict[str, Any], inputs: dict[str, np.ndarray], side: int) -> dict:
+def facts_of(
+    made: dict[str, Any], defaults: dict[str, Any], inputs: dict[str, np.ndarray], side: int, run: str = ""
+) -> dict[str, Any]:
     """What a report says of the whole run, as plain data.
 
     made: as in a picture's text, defaults: of the settings, inputs: the pictures by their names in words, side: the
-    longer one of the generated picture, which the content is shown in.
+    longer one of the generated picture, which the content is shown in, run: by what the report is known as its own.
     """
     painted = [name for name in inputs if "mask" not in name and name != "start"]
     files = dict(zip(painted, made["pictures"], strict=True))
     sides = {name: min(SIDE, side) if name == "content" else THUMBNAIL for name in inputs}
     return {
         "made": made,
+        "run": run,
         "title": title_of(*made["pictures"]),
         "inputs": {name: (files.get(name, ""), encoded(picture, sides[name])) for name, picture in inputs.items()},
         "settings": {name: (words(value), words(defaults[name])) for name, value in made["settings"].items()},
@@ -109,33 +118,69 @@ def title_of(content: str, *styles: str) -> str:
     return f"{painted} in the style of {' and '.join(Path(style).stem for style in styles)}"
 
 
-def taken_over(path: Path, before: dict[tuple[Size, int], Path], state: State) -> tuple[list[Shown], Points]:
+def taken_over(
+    path: Path,
+    before: Mapping[tuple[Size, int], Callable[[], np.ndarray | None]],
+    state: State,
+    logged: list[dict[str, str]],
+) -> tuple[list[Shown], Points]:
     """What a report has to show of the iterations up to `state`: what it showed, and from disk what it did not.
 
-    before: the files of these iterations, where they were saved. `--every` leaves some out, so the report itself knows
-    more; it may be missing, damaged, or one iteration behind, if the run was killed.
+    before: these iterations, with what reads the picture of each, if it can; the last may be a part of one. logged: a
+    log's rows of them. `--every` leaves some out, so the report itself knows more; it may be missing, damaged, or one
+    iteration behind, if the run was killed.
     """
     there, points = read_report(path)
-    shown = {(one.size, one.number): one for one in there if not one.partial}
-    finished: list[Shown] = [one for one in there if one.number == 0]
-    for (size, number), file in before.items():
-        if (size, number) in shown:
-            finished.append(shown[size, number])
-        elif file.exists():
-            losses = state.losses[number].tolist() if size == state.size else []
-            picture = encoded(read_picture(str(file), allow_large=True)[0], SIDE)
-            finished.append(Shown(size, number, 20 * number, losses, 0.0, 0.0, False, picture))
-    sizes = {state.size, *(size for size, _ in before)}
-    points = {
+    own = state.size, state.iteration + 1  # in part
+    shown = {
+        (one.size, one.number): one
+        for one in there
+        if not one.partial or ((one.size, one.number) == own and one.evaluations == state.evaluations)
+    }
+    rows = {((int(row["rows"]), int(row["columns"])), int(row["iteration"])): row for row in logged}
+    found: list[Shown] = [one for one in there if one.number == 0]
+    for key, read in before.items():
+        if key in shown:
+            found.append(shown[key])
+        elif (picture := read()) is not None:
+            size, number = key
+            told = told_of(size, number, state, rows)
+            found.append(Shown(size, number, *told, state.partial and key == own, encoded(picture, SIDE)))
+    numbers = {(state.size, number) for number in range(1, len(state.losses))}
+    every = {key: told_of(*key, state, rows) for key in sorted(numbers | {*rows})}
+    ends = {(size, evaluations): losses for (size, _), (evaluations, losses, _, _) in every.items()}
+    return found, points_before(points, ends | {(state.size, 1): state.losses[0].tolist()}, state)
+
+
+def told_of(
+    size: Size, number: int, state: State, rows: dict[tuple[Size, int], dict[str, str]]
+) -> tuple[int, list[float], float, float]:
+    """The evaluations, losses, improvement and seconds of an iteration up to `state`, as far as they are known."""
+
+    def losses_of(number: int) -> list[float]:
+        if size == state.size and number < len(state.losses):
+            return state.losses[number].tolist()
+        parts = list(rows.get((size, number), {}).items())[6:]
+        kinds = [sum(float(loss) for name, loss in parts if name.startswith(kind)) for kind in LOSSES[1:]]
+        return [float(rows[size, number]["loss"]), *kinds] if parts else []
+
+    row, losses, earlier = rows.get((size, number), {}), losses_of(number), losses_of(number - 1)
+    evaluations = state.evaluations if size == state.size and number > state.iteration else 20 * number
+    improvement = 100 * (earlier[0] - losses[0]) / earlier[0] if losses and earlier and earlier[0] else 0.0
+    return int(row.get("evaluations", evaluations)), losses, improvement, float(row.get("seconds", 0))
+
+
+def points_before(points: Points, ends: Points, state: State) -> Points:
+    """The plot's points up to `state`, each size's in order; behind those that there are come `ends` of iterations."""
+    sizes = {size for size, _ in ends}
+    kept = {
         (size, count): losses
         for (size, count), losses in points.items()
         if size in sizes and (size != state.size or count <= state.evaluations)
     }
-    last = max((count for size, count in points if size == state.size), default=0)
-    for number, losses in enumerate(state.losses.tolist()):
-        if max(1, 20 * number) > last:
-            points[state.size, max(1, 20 * number)] = losses
-    return finished, points
+    last = {size: max((count for at, count in kept if at == size), default=0) for size in sizes}
+    more = {(size, count): losses for (size, count), losses in ends.items() if losses and count > last[size]}
+    return dict(sorted((kept | more).items()))
 
 
 def saved(shown: list[Shown], points: Points) -> dict[str, Any]:
@@ -237,8 +282,10 @@ def write_index(path: Path, title: str, cards: list[Card], of: int) -> None:
 
 
 def check_index(path: Path) -> None:
-    """Raise UserError if something is there that is no page of a folder."""
-    if path.exists() and INDEX not in path.read_text("utf-8", "replace"):
+    """Raise UserError if something is there that is no page of a folder, or cannot be read."""
+    if path.exists() and not (
+        path.is_file() and os.access(path, os.R_OK) and INDEX in path.read_text("utf-8", "replace")
+    ):
         raise UserError(f"'{path}' is there, and no page of a folder's photos; move it, or choose another name")
 
 

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from .messages import Stream
-from .records import Iteration
+from .records import Iteration, State
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -156,6 +156,14 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
+def where_it_goes_on(state: State | None, size: tuple[int, int]) -> str:
+    """What --resume finds for a picture of (rows, columns), in words."""
+    if not state:
+        return "there is nothing to resume: a new run"
+    where = f" at {state.size[0]} x {state.size[1]}" if state.size != size else ""
+    return f"going on after iteration {state.iteration}{where}"
+
+
 def describe_iteration(iteration: Iteration, of: int, path: Path | None) -> str:
     """The line that is shown for an iteration, or a part of it. `of`: how many there are to be at its size."""
     rows, columns = iteration.state.size
@@ -168,14 +176,22 @@ def describe_iteration(iteration: Iteration, of: int, path: Path | None) -> str:
     )
 
 
-def describe_stop(last: Iteration | None, done: int) -> str:
-    """What is told to a person who has stopped the run."""
+def describe_stop(last: Iteration | None, before: State | None, size: tuple[int, int]) -> str:
+    """What is told to a person who has stopped the run.
+
+    last: the last iteration, if it had any; before: what it went on from, if that is so; size: (rows, columns) of the
+    picture.
+    """
     goes_on = "and the same command with --resume goes on from there"
-    if not last:
-        return f"stopped before anything new was found; iteration {done} is saved, {goes_on}"
-    if last.coarse:
-        rows, columns = last.state.size
-        return f"stopped at {rows} x {columns} pixels; the picture so far is saved, {goes_on}"
-    if last.state.partial:
-        return f"stopped within iteration {last.number}; its picture so far is saved, {goes_on}"
-    return f"stopped; iteration {last.number} is saved, {goes_on}"
+    reached = last.state if last else before
+    if not reached:
+        return "stopped before anything was found; nothing is saved yet, and the same command begins again"
+    new = "" if last else " before anything new was found"
+    rows, columns = reached.size
+    if reached.size != size:
+        at = "" if new else f" at {rows} x {columns} pixels"
+        return f"stopped{new}{at}; the picture so far is saved, {goes_on}"
+    number = reached.iteration + reached.partial
+    if last and reached.partial:
+        return f"stopped within iteration {number}; its picture so far is saved, {goes_on}"
+    return f"stopped{new}; iteration {number} is saved, {goes_on}"

@@ -12,9 +12,11 @@ from PIL import Image
 
 import deepstyle
 from deepstyle import Settings
-from deepstyle_support import files
+from deepstyle_support import ownership
 from deepstyle_support.disk import write_whole
-from deepstyle_support.files import Outputs, base_path
+from deepstyle_support.files import Outputs
+from deepstyle_support.locks import lock_of
+from deepstyle_support.ownership import base_path
 from deepstyle_support.pictures import from_input_space
 
 
@@ -165,6 +167,62 @@ def test_a_command_that_is_refused_makes_no_folder(picture_files, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("wrong", ["device", "seed"])
+def test_nothing_is_left_of_folders_for_a_run_that_is_refused(picture_files, tmp_path, monkeypatch, wrong):
+    assert run(picture_files, tmp_path / "a", "--num_iter", "1") == 0
+
+    def refuse():
+        raise deepstyle.UserError("no device")
+
+    monkeypatch.setattr(deepstyle, "HERE", deepstyle.HERE._replace(device=refuse))
+    monkeypatch.setattr(deepstyle.run, "__defaults__", (None, "", deepstyle.HERE))
+    before = sorted(tmp_path.rglob("*"))
+    flags = ["--log", str(tmp_path / "new" / "deep" / "a.csv"), "--tensorboard", str(tmp_path / "events")]
+    flags += ["--resume", "--seed", "1"] if wrong == "seed" else []
+    assert run(picture_files, tmp_path / "a", *flags) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--report", "a.html"), ("--log", "a.csv"), ("--tensorboard", ".")])
+def test_a_prefix_means_the_same_after_a_run_made_a_folder_of_that_name(picture_files, tmp_path, capfd, flag, name):
+    flags = [flag, str(tmp_path / "a" / name)]
+    assert run(picture_files, tmp_path / "a", *flags, "--num_iter", "1") == 0
+    assert run(picture_files, tmp_path / "a", *flags, "--resume") == 0
+    assert "going on after iteration 1\n" in capfd.readouterr().out
+    assert run(picture_files, tmp_path / "a", "--num_iter", "1", "--overwrite") == 0
+    assert "replacing the " in capfd.readouterr().out
+    assert names(tmp_path) == ["a", "a_at_iteration_1.png", "a_state.npz", "content.png", "style.png"]
+    assert names(tmp_path / "a") == []
+
+
+def test_another_runs_log_that_took_the_place_of_ours_is_left_alone(picture_files, tmp_path, capfd):
+    flags = ["--num_iter", "1", "--log", str(tmp_path / "a.csv"), "--report", str(tmp_path / "a.html")]
+    assert run(picture_files, tmp_path / "a", *flags) == 0
+    for name in ("a.csv", "a.html"):
+        (tmp_path / name).rename(tmp_path / f"moved {name}")
+    assert run(picture_files, tmp_path / "b", *flags) == 0
+    theirs = [(tmp_path / name).read_bytes() for name in ("a.csv", "a.html")]
+    assert run(picture_files, tmp_path / "a", "--num_iter", "1", "--overwrite") == 0
+    assert run(picture_files, tmp_path / "a", *flags, "--overwrite") == 2
+    assert "is there, and not of a run with this PREFIX" in capfd.readouterr().err
+    assert [(tmp_path / name).read_bytes() for name in ("a.csv", "a.html")] == theirs
+
+
+def test_a_log_through_a_link_is_not_written_by_two_runs(picture_files, tmp_path, capfd):
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    with lock_of(tmp_path / "real.csv"):
+        assert run(picture_files, tmp_path / "a", "--log", str(tmp_path / "link.csv")) == 2
+    assert "another run is writing" in capfd.readouterr().err
+
+
+def test_a_run_without_locks_says_so_and_leaves_none_behind(picture_files, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("deepstyle_support.locks.has_locks", lambda folder: False)
+    for quiet, told in (([], 1), (["--quiet"], 0)):
+        assert run(picture_files, tmp_path / "out" / "a", "--num_iter", "1", "--overwrite", *quiet) == 0
+        assert capfd.readouterr().err.count("has no locks: see that no other run writes there") == told
+    assert names(tmp_path / "out") == ["a_at_iteration_1.png", "a_state.npz"]
+
+
 def test_pictures_and_events_may_go_to_one_name(picture_files, tmp_path):
     assert run(picture_files, tmp_path / "a", "--tensorboard", str(tmp_path / "a")) == 0
 
@@ -276,13 +334,13 @@ def test_metadata_of_the_inputs_does_not_reach_the_outputs(picture_files, tmp_pa
 
 def test_a_disk_without_room_is_noticed_before_the_start(tmp_path, monkeypatch):
     Outputs(tmp_path / "a").check([], (32, 32))
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(ownership.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(deepstyle.UserError, match="1000 bytes free"):
         Outputs(tmp_path / "a").check([], (32, 32))
 
 
 def test_a_folder_that_may_not_be_written_is_noticed_before_the_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.os, "access", lambda folder, mode: False)  # root may write everywhere
+    monkeypatch.setattr(ownership.os, "access", lambda folder, mode: False)  # root may write everywhere
     with pytest.raises(deepstyle.UserError, match="no permission"):
         Outputs(tmp_path / "new" / "a").check([], (32, 32))
 

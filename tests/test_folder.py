@@ -14,7 +14,7 @@ from conftest import SMALL, smooth_picture
 from PIL import Image
 
 import deepstyle
-from deepstyle_support import files
+from deepstyle_support import locks
 from deepstyle_support.reading import read_picture, shape_of
 from deepstyle_support.reuse import Reuse
 
@@ -160,10 +160,37 @@ def test_a_picture_that_was_taken_away_stops_no_other(photos, tmp_path, capsys):
     assert (tmp_path / "out" / "c.jpg" / "a.html").exists()
 
 
-def test_the_page_leads_only_to_reports_that_are_there(photos, tmp_path):
-    assert paint(photos, "--num_iter", "1") == 0
-    assert paint(photos, "--num_iter", "1", "--resume", "--report", "a.html") == 0
-    assert "a.jpg/a.html" not in (tmp_path / "out" / "a.html").read_text()
+def test_a_report_of_photos_that_were_done_before_is_made(photos, tmp_path):
+    (photos / "notes.txt").write_text("no picture")
+    assert paint(photos, "--num_iter", "1") == 1
+    assert paint(photos, "--num_iter", "1", "--resume", "--report", "a.html") == 1
+    page = (tmp_path / "out" / "a.html").read_text()
+    assert "a.jpg/a.html" in page
+    assert (tmp_path / "out" / "a.jpg" / "a.html").exists()
+    assert "notes.txt/a.html" not in page  # which is not there
+
+
+def test_what_a_killed_command_was_writing_of_the_page_is_cleared_away(photos, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in (".a.html.0123abcd.part", ".b.html.0123abcd.part"):
+        (tmp_path / "out" / name).touch()
+    assert paint(photos, "--num_iter", "1", "--report", "a.html") == 0
+    assert names(tmp_path / "out") == [".b.html.0123abcd.part", "a.html", "a.jpg", "b c.png"]
+
+
+def test_a_page_has_no_photos_name(photos, capsys):
+    save(photos / "c.html")
+    assert paint(photos, "--report", "c.html") == 2
+    assert "--report is 'c.html', and so is a photo" in capsys.readouterr().err
+    assert not (photos.parent / "out").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_page_is_a_file(photos, tmp_path, capsys, make):
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out" / "a.html")
+    assert paint(photos, "--report", "a.html") == 2
+    assert "--report is" in capsys.readouterr().err
 
 
 def test_a_style_in_other_tiles_is_not_taken_for_the_same(untrained):
@@ -197,12 +224,12 @@ def test_a_second_run_moves_each_photos_pictures_aside_or_replaces_them(photos, 
 
 def test_of_two_runs_at_once_the_second_is_told(photos, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    with files.lock_of(tmp_path / "out" / "photos"):
+    with locks.lock_of(tmp_path / "out" / "photos"):
         assert paint(photos) == 2
     assert "another run is writing" in capsys.readouterr().err
     assert names(tmp_path / "out") == []
     (tmp_path / "out" / "a.jpg").mkdir()
-    with files.lock_of(tmp_path / "out" / "a.jpg" / "result_image"):
+    with locks.lock_of(tmp_path / "out" / "a.jpg" / "result_image"):
         assert paint(photos) == 1
     assert "failed: a.jpg: another run is writing" in capsys.readouterr().err
     assert (tmp_path / "out" / "b c.png" / LAST).exists()

@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import deepstyle
 from deepstyle import Pictures, Settings
-from deepstyle_support import files
+from deepstyle_support import ownership
 from deepstyle_support.outputs import write_animation
 from deepstyle_support.pictures import colours, from_input_space, match_colours, resize, with_colours
 from deepstyle_support.provenance import command_again
@@ -378,7 +378,7 @@ def test_tensorboard_goes_on_with_a_resumed_run_and_needs_no_tensorflow(picture_
 def test_a_package_that_is_missing_is_named_before_the_start(
     picture_files, tmp_path, capsys, monkeypatch, flags, package
 ):
-    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ownership.importlib.util, "find_spec", lambda name: None)
     assert run(picture_files, tmp_path / "a", *flags) == 2
     assert f"needs the package {package}" in capsys.readouterr().err
     assert not list(tmp_path.glob("a*"))

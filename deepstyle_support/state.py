@@ -1,0 +1,122 @@
+"""The state of a run as a file: to go on from, and to know what else the run wrote."""
+
+import csv
+import dataclasses
+import functools
+import json
+import secrets
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .disk import write_whole
+from .lbfgs import Curvature, from_arrays, to_arrays
+from .messages import UserError
+from .outputs import latest_rows
+from .records import State
+
+EVENTS = "events.out.tfevents."  # what TensorBoard's files are called; behind it come time, machine and process
+
+
+@dataclasses.dataclass
+class Record:
+    """What a run knows of the files that it wrote besides its pictures and its state."""
+
+    run: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))  # stands in its report and animation
+    extras: list[Path] | None = dataclasses.field(default_factory=list)  # None: 0.2.0 did not say it
+    rows: list[str] = dataclasses.field(default_factory=list)  # of a log: its header, then each that there ever was
+
+    def wrote(self, path: Path) -> bool:
+        """Whether what is there now is this run's, and not what somebody has put in its place.
+
+        Events have a name that no other run's have. States of earlier versions do not say more than the path.
+        """
+        if not self.run or path.name.startswith(EVENTS):
+            return True
+        try:
+            held = path.read_bytes() if path.is_file() else None
+        except OSError:
+            return False
+        # A row without the size, which is not in a log by 0.2.0.
+        marks = [self.run.encode(), *(row.split(",", 2)[2].encode() for row in self.rows[1:])]
+        return held is not None and (not held or any(mark in held for mark in marks))
+
+    def logged(self) -> list[dict[str, str]]:
+        """The rows of a log, by the names of the columns."""
+        return list(csv.DictReader(latest_rows(self.rows)))
+
+
+def read_record(path: Path, base: Path) -> Record:
+    """What the state at `path`, of a run whose files begin with `base`, says of the run's other files.
+
+    Of a folder that was copied or moved, only those in it count. If there is no state, or a damaged one, nothing does.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "extras" not in file:
+                return Record(run="", extras=None)
+            moved = str(file["base"]) != str(base)
+            paths = [Path(extra) for extra in json.loads(str(file["extras"]))]
+            extras = [base.parent / extra for extra in paths if not (moved and extra.is_absolute())]
+            run = str(file["run"]) if "run" in file else ""
+            return Record(run, extras, file["log"].tobytes().decode().splitlines() if "log" in file else [])
+    except Exception:  # np.load and zipfile raise almost anything
+        return Record(run="")
+
+
+def write_state(path: Path, base: Path, state: State, record: Record, learnt: Curvature | None = None) -> None:
+    """Write what is needed to go on from there. Raises UserError, status 1, if the disk does not take it.
+
+    base: what the run's files begin with, with all links followed.
+    """
+    contents: dict[str, Any] = {"x": np.asarray(state.x, np.float32), "losses": state.losses}
+    contents |= {"iteration": state.iteration, "evaluations": state.evaluations, "partial": state.partial}
+    folder = base.parent
+    extras = [
+        str(extra.relative_to(folder) if extra.is_relative_to(folder) else extra) for extra in record.extras or []
+    ]
+    contents |= {"shaped_by": json.dumps(state.shaped_by), "extras": json.dumps(extras), "base": str(base)}
+    contents |= {"run": record.run} if record.run else {}
+    contents |= {"log": np.frombuffer("\n".join(record.rows).encode(), np.uint8)} if record.rows else {}
+    contents |= {"way": state.way, **to_arrays(learnt)} if learnt else {}
+    write_whole(path, lambda file: np.savez(file, **contents))
+
+
+def read_state(path: Path, shaped_by: dict[str, str], defaults: dict[str, str]) -> State | None:
+    """The state to go on from; None if there is none. Raises UserError if it is not of such a run.
+
+    shaped_by: all that decides the pictures, defaults: what of it is so if nothing is said.
+    """
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            losses, shapes = file["losses"], json.loads(str(file["shaped_by"]))
+            # 0.2.0 did not write the last two: its states are at the end of an iteration of 20 evaluations.
+            evaluations = int(file["evaluations"]) if "evaluations" in file else 20 * (len(losses) - 1)
+            partial = bool(file["partial"]) if "partial" in file else False
+            # What was learnt is written at the end of a run only, and is read when it is asked for.
+            is_there = "by_gradient" in file
+            way = str(file["way"]) if is_there else ""
+            learnt = functools.partial(read_learnt, path) if is_there else lambda: None
+            state = State(file["x"], losses, shapes, evaluations, partial, way, learnt)
+    except Exception as error:  # np.load and zipfile raise almost anything on a damaged file
+        raise UserError(f"'{path}' is no state of a run: {error}; without --resume the run starts anew") from error
+    # A flag that the state does not know is newer than the state, which was made as its default makes it. A start
+    # picture is known by its digest, and not by its path, which 0.2.0 wrote as well.
+    absent = defaults | {"--init_image": state.shaped_by.get("--init_image", defaults["--init_image"])}
+    for name in {**shaped_by, **state.shaped_by}:
+        before, now = (shapes.get(name, absent.get(name, "not given")) for shapes in (state.shaped_by, shaped_by))
+        if before != now:
+            raise UserError(f"cannot resume '{path}': {name} was {before} and now is {now}")
+    return state
+
+
+def read_learnt(path: Path) -> Curvature:
+    """What the optimiser had learnt when the run of this state ended. Raises UserError if it cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return from_arrays(file)
+    except Exception as error:  # np.load and zipfile raise almost anything on a damaged file
+        raise UserError(f"'{path}' is damaged: {error}; without --resume the run starts anew") from error
