@@ -71,7 +71,8 @@ class Report:
         self.shown = thinned(self.shown, MOST_PICTURES, [one.number for one in self.shown])
         kept = thinned(list(self.points), MOST_POINTS, [count for _, count in self.points])
         self.points = {key: self.points[key] for key in kept}
-        how = {"again": how_close(iteration.exact), "plot": plot(self.points), "saved": saved(self.shown, self.points)}
+        again = how_close(iteration.exact, self.facts["made"]["device"])
+        how = {"again": again, "plot": plot(self.points), "saved": saved(self.shown, self.points)}
         write_page(self.path, "report.html", **self.facts, **how, shown=self.shown, totals=self.totals)
 
 

@@ -19,6 +19,7 @@ import ray
 
 FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
+from deepstyle_support.limits import usable_cores  # noqa: E402
 
 
 def paint(content: str, style: str, out: str, threads: int, options: dict) -> str:
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"'{arguments.results}' is no folder")
     arguments.results.mkdir(parents=True, exist_ok=True)
     options = {name: getattr(arguments, name) for name in ("image_size", "num_iter", "weights")}
-    threads = max(1, os.cpu_count() // arguments.workers)
+    threads = max(1, usable_cores() // arguments.workers)
     here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": threads * arguments.workers, "include_dashboard": False}
     jobs, failed = [], 0
     for number, line in enumerate(arguments.jobs.read_text().splitlines(), 1):

@@ -230,5 +230,5 @@ def test_the_plan_counts_the_alpha_of_the_inputs_the_result_and_the_frames():
     opaque = Pictures(picture(1), (picture(2),))
     transparent = dataclasses.replace(opaque, content=clear(1))
     settings = Settings(image_size=37)
-    more = deepstyle.held_by(transparent, settings, frames=3) - deepstyle.held_by(opaque, settings, frames=3)
+    more = deepstyle.held_by(transparent, settings, frames=3).kept - deepstyle.held_by(opaque, settings, frames=3).kept
     assert more == math.prod(SIZE) * (1 + 5 + 3 * 4)
