@@ -122,7 +122,10 @@ def plan_memory(
     free, gpu_free = found
     tile = SMALL_TILE if settings.tile == "auto" else given_tile(settings)
     fewest = min(settings.history, FEW_CORRECTIONS)
-    needed, on_gpu = peaks(needed_by_all(workers, bool(gpu_free), size, tile, fewest, settings), held, settings, found)
+    with_fewest, without = (
+        needed_by_all(workers, bool(gpu_free), size, tile, history, settings) for history in (fewest, 0)
+    )
+    needed, on_gpu = peaks(with_fewest, without, held, settings, found)
     if needed <= free and settings.optimizer == "scipy" and corrections_of_scipy(size) < fewest:
         raise TooLarge(
             f"{size[0]} x {size[1]} pixels are too many for SciPy's L-BFGS-B",
@@ -194,7 +197,7 @@ def way_that_fits(size: Size, settings: Wishes, held: Held, found: tuple[float, 
     history = corrections(tile)
     if history < fewest:
         return None
-    needed, on_gpu = peaks(needed_with(tile, int(history)), held, settings, found)
+    needed, on_gpu = peaks(needed_with(tile, int(history)), needed_with(tile, 0), held, settings, found)
     whole_or_tile = tile if tile and tile < side else None
     return Plan(whole_or_tile, int(history), needed, free, (on_gpu, gpu_free) if gpu_free else None)
 
@@ -275,11 +278,16 @@ def at_first(needed: Needed, held: Held, gpu: bool, optimizer: str) -> float:
     return max(here + held.kept + held.styles, LOADED + held.before)
 
 
-def peaks(needed: Needed, held: Held, settings: Wishes, found: tuple[float, float]) -> tuple[float, float]:
-    """Bytes of main memory and of a GPU, if one was found, that a whole run takes at most."""
+def peaks(
+    needed: Needed, without: Needed, held: Held, settings: Wishes, found: tuple[float, float]
+) -> tuple[float, float]:
+    """Bytes of main memory and of a GPU, if one was found, that a whole run takes at most.
+
+    without: what is needed without any corrections.
+    """
     gpu = bool(found[1])
     here, on_gpu = needed.shared(gpu, settings.optimizer)
-    return max(here + held.kept, at_first(needed, held, gpu, settings.optimizer)), on_gpu
+    return max(here + held.kept, at_first(without, held, gpu, settings.optimizer)), on_gpu
 
 
 def needed_memory(size: Size, tile: int | None, history: int, settings: Wishes) -> Needed:

@@ -228,7 +228,8 @@ def test_the_processors_instructions_count_and_not_its_speed(monkeypatch):
     cpu = "model name\t: X\ncpu family : 6\ncpu MHz : {}\nflags : fpu avx2 smep {} sse4_1\n\nmodel name : other"
     found = []
     for speed, more in ((1000, "fma"), (2000, "fma"), (1000, "fma avx512f")):
-        monkeypatch.setattr(rounding.Path, "read_text", lambda path, said=cpu.format(speed, more): said)
+        said = cpu.format(speed, more)
+        monkeypatch.setattr(rounding.Path, "read_text", lambda path, said=said: said)
         found.append(rounding.processor())
     assert found[0] == found[1] == f"X ({platform.machine()}, cpu family 6) avx2 fma sse4_1"
     assert found[2] == f"X ({platform.machine()}, cpu family 6) avx2 avx512f fma sse4_1"
