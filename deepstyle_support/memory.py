@@ -30,7 +30,8 @@ BARE, LOADED = 100e6, 900e6  # of Python with NumPy and Pillow, and with Keras a
 SAVING, SAVING_COLOURED, SAVING_MASKED, SAVING_CLEAR, ANIMATING = 10, 11, 17, 5, 25
 # For a moment, beside the array: of what is read, as floats and with alpha; of what is resized, and of what comes out.
 READING, RESIZING, RESIZED, MASKING, MASK_RESIZED = 8, 2, 7, 5, 12
-COLOURING, COLOURING_BY_MASKS = 6, 8  # of what is given other colours, or says them
+COLOURING = 4  # of what is given other colours, or says them
+BAND = 80e6  # bytes of the rows that are at hand at a time where colours are computed
 SHOWING = 24  # of a style that is shown to the network
 PLACED_MASK = 5.4  # of the picture, for each mask at conv1_1, conv2_1 and so on
 WORKER = 800e6  # bytes of a process that computes tiles for this one, before it computes
@@ -385,9 +386,7 @@ def held_beside(
     before = [READING * largest - not_yet, RESIZING * largest + resized + RESIZED * max(pixels, *shown)]
     before += [MASKING * max(masks) + MASK_RESIZED * pixels] if masks else []
     if settings.preserve_color == "match" or settings.init_image == "recolored":
-        by_masks = settings.init_image == "recolored" and any("style mask" in name for name in inputs)
-        matched = max(COLOURING * max(pixels, *shown), COLOURING_BY_MASKS * pixels if by_masks else 0)
-        before.append(resized + matched)
+        before.append(resized + COLOURING * max(pixels, *shown) + BAND)
     return Held(kept, resized + SHOWING * max(shown), read + max(before))
 
 
