@@ -23,7 +23,7 @@ FEW_CORRECTIONS, MOST_CORRECTIONS = 5, 1000  # of which some dozens are of use
 # would be 8, at 6048 x 8064 in tiles of 576 10.3.
 DEVICE_VECTORS = 11
 CUDA = 800e6  # bytes that its libraries take here beside the GPU's; measured with PyTorch on an H200: 700 to 800 MB
-BARE, LOADED = 100e6, 900e6  # of Python with NumPy and Pillow, and with Keras and TensorFlow, before they compute
+BARE, LOADED = 100e6, 1000e6  # of Python with NumPy and Pillow, and with Keras and TensorFlow, before they compute
 # Bytes of a pixel, each measured at 24 megapixels or more. Of a picture that is saved; more for the content's colours,
 # for a mask of those, for alpha. An animation keeps 3 or 4 channels for each frame, and when it is written takes up to
 # 3 times as much more for each, and this at once:
@@ -32,7 +32,7 @@ SAVING, SAVING_COLOURED, SAVING_MASKED, SAVING_CLEAR, ANIMATING = 10, 11, 17, 5,
 READING, RESIZING, RESIZED, MASKING, MASK_RESIZED = 8, 2, 7, 5, 12
 COLOURING = 4  # of what is given other colours, or says them
 BAND = 80e6  # bytes of the rows that are at hand at a time where colours are computed
-SHOWING = 24  # of a style that is shown to the network
+SHOWING = 12  # of a style that is shown to the network, as float32
 PLACED_MASK = 5.4  # of the picture, for each mask at conv1_1, conv2_1 and so on
 WORKER = 800e6  # bytes of a process that computes tiles for this one, before it computes
 RAY = 400e6  # of Ray's own processes
@@ -139,7 +139,7 @@ def plan_memory(
         f"{under_a_ulimit(free)}"
         f"{f'; on the GPU {on_gpu / 1e9:.1f} GB, {gpu_free / 1e9:.1f} GB are free' if gpu_free else ''}",
         beside=f"{beside / 1e9:.1f} GB are for pictures as they are read, shown (--style_size) and saved"
-        if beside > free / 2
+        if beside > needed / 2
         else "",
     )
 
