@@ -373,6 +373,10 @@ def test_the_size_that_is_named_is_one_that_fits_whatever_else_is_set(monkeypatc
             found = re.search(r"enough for --image_size (\d+)", str(error))
             if not found:
                 assert "too little for any" in str(error)
+                for rows in (35, 100, 200, 400):
+                    if rows < settings.image_size:
+                        with pytest.raises(deepstyle.UserError):
+                            plan(settings=dataclasses.replace(settings, image_size=rows))
                 none += 1
                 continue
             fits = dataclasses.replace(settings, image_size=int(found[1]))
