@@ -39,7 +39,7 @@ try:
     import numpy as np
     from PIL import Image, ImageColor
 
-    from deepstyle_support.backend import all_finite, as_array, import_keras, out_of_memory, parts_and_gradient
+    from deepstyle_support.backend import all_finite, as_array, import_keras, on_cpu, out_of_memory, parts_and_gradient
     from deepstyle_support.callbacks import Closed, as_generator
     from deepstyle_support.convolution import Kernel, convolve, kernel_on_device
     from deepstyle_support.device import describe_device
@@ -49,10 +49,13 @@ try:
     from deepstyle_support.memory import (
         MOST_CORRECTIONS,
         SMALLEST,
+        Held,
         Plan,
+        TooLarge,
         free_memory,
         held_beside,
         plan_memory,
+        plan_or_advice,
         smaller_tile,
     )
     from deepstyle_support.messages import Stream, UserError, answer, in_words, printable, require_choice, tell, words
@@ -78,6 +81,7 @@ try:
     from deepstyle_support.records import Ending, Iteration, State
     from deepstyle_support.report import held_for_report
     from deepstyle_support.reuse import Reuse
+    from deepstyle_support.rounding import computed_with
     from deepstyle_support.saving import save_all
     from deepstyle_support.state import read_state
     from deepstyle_support.terminal import (
@@ -243,7 +247,7 @@ class Describe(argparse.Action):
     """--describe: as with --version, nothing else is done."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: object, path: Any, option: object = None) -> None:
-        answer(description(path, dataclasses.asdict(Settings()), Stream("stdout").encoding))
+        answer(description(path, dataclasses.asdict(Settings()), __version__, Stream("stdout").encoding))
         parser.exit()
 
 
@@ -996,9 +1000,10 @@ def stylize(
     settings = Settings(**options)
     given = laid(content, style, settings.background)
     pictures = Pictures(*given, several(style_masks), content_mask, color_mask, read_start(settings))
-    check_agreement(pictures, settings)
+    plan = planned(pictures, settings)
+    check_agreement(pictures, settings)  # after the plan: masks of a size that is too large would fill the memory
     weights, _ = load_weights(settings.weights, settings.seed, settings.model)
-    return (iteration for iteration in paint(pictures, settings, weights) if not iteration.coarse)
+    return (iteration for iteration in paint(pictures, settings, weights, plan) if not iteration.coarse)
 
 
 def read_start(
@@ -1072,15 +1077,34 @@ def saved_size(pictures: Pictures, settings: Settings) -> tuple[int, int]:
     return (rows, columns) if settings.rescale_image else picture_sizes((rows, columns), settings)[-1]
 
 
-def held_by(pictures: Pictures, settings: Settings, frames: int = 0) -> int:
-    """Bytes that painting them holds beside what is computed, with an animation of so many frames."""
-    coloured, masked = settings.preserve_color == "luma", pictures.color_mask is not None
-    clear = alpha_of(pictures.content) is not None
-    held = held_beside(pictures.named().values(), saved_size(pictures, settings), coloured, masked, clear, frames)
+def held_by(pictures: Pictures, settings: Settings, frames: int = 0) -> Held:
+    """What painting them holds beside what is computed, with an animation of so many frames."""
     size = picture_sizes(pictures.content.shape, settings)[-1]
-    # A style as it is shown takes 27 bytes a pixel, before L-BFGS has its vectors, of 200 bytes and more.
-    largest = max(math.prod(shown) for shown in style_sizes(pictures.styles, size, settings))
-    return held + max(0, 27 * largest - 200 * math.prod(size))
+    shown = style_sizes(pictures.styles, size, settings)
+    return held_beside(pictures.named(), size, saved_size(pictures, settings), shown, settings, frames)
+
+
+def planned(
+    pictures: Pictures,
+    settings: Settings,
+    plan: Callable[..., Plan] = plan_memory,
+    free: tuple[float, float] | None = None,
+    outputs: Outputs | None = None,
+) -> Plan:
+    """The plan for painting them, and for the animation and report among the outputs.
+
+    plan, free: as Computing and Shared have them. Raises UserError if they do not fit, with the size that does.
+    """
+
+    def plan_at(image_size: int) -> Plan:
+        of = dataclasses.replace(settings, image_size=image_size)
+        sizes = picture_sizes(pictures.content.shape, of)
+        made = 1 + sum(iterations_at_sizes(sizes, of).values())
+        held = held_by(pictures, of, made if outputs and outputs.animation else 0)
+        reported = held_for_report(sizes[-1], made) if outputs and outputs.report else 0
+        return plan(sizes[-1], of, held._replace(kept=held.kept + reported), free)
+
+    return plan_or_advice(settings.image_size, plan_at)
 
 
 def finish(x: np.ndarray, content: np.ndarray, settings: Settings, color_mask: np.ndarray | None = None) -> np.ndarray:
@@ -1125,7 +1149,7 @@ def paint(
     """
     shaped_by = state.shaped_by if state else what_shapes(pictures, settings, weights)
     sizes = picture_sizes(pictures.content.shape, settings)
-    plan = plan or plan_memory(sizes[-1], settings, held_by(pictures, settings))
+    plan = plan or planned(pictures, settings)
     # Workers may have other threads than this process, and so round otherwise.
     way = way_of_computing(settings, plan) if make is Objective else ""
     exact = state is None or (state.way == way != "")
@@ -1211,8 +1235,8 @@ def iterations_at(
 
 def way_of_computing(settings: Settings, plan: Plan) -> str:
     """What must be the same for a run that goes on to make the same pictures, bit for bit, beside what shapes them."""
-    backend = import_keras().backend.backend()
-    return f"{settings.optimizer} with {plan.history} corrections, tile {plan.tile}, {backend}"
+    computed = computed_with(import_keras().backend.backend(), __version__).values()
+    return f"{settings.optimizer} with {plan.history} corrections, tile {plan.tile}, {', '.join(computed)}"
 
 
 def what_shapes(pictures: Pictures, settings: Settings, weights: Weights) -> dict[str, str]:
@@ -1335,11 +1359,12 @@ class Shared(NamedTuple):
 class Computing(NamedTuple):
     """How a run computes: in this process, or as another program has it that is this one in all else."""
 
-    plan: Callable[[tuple[int, int], Settings, float, tuple[float, float] | None], Plan] = plan_memory
+    plan: Callable[[tuple[int, int], Settings, Held, tuple[float, float] | None], Plan] = plan_memory
     device: Callable[[], str] = describe_device  # in words; it must be there before anything is moved
     make: Callable[..., Objective] = Objective
     program: tuple[str, ...] = ("deepstyle.py",)  # and flags of its own, for the command that makes the picture again
     end: Callable[[], None] = lambda: None  # lets go of what `device` has begun
+    repeatable: Callable[[], bool] = on_cpu  # whether sums are rounded alike from run to run, on the same machine
 
 
 HERE = Computing()
@@ -1360,11 +1385,9 @@ def run(
     *coarser, size = picture_sizes(pictures.content.shape, settings)
     outputs = outputs_of(arguments)
     totals = iterations_at_sizes([*coarser, size], settings)
-    frames, reported = (1 + sum(totals.values()) if path else 0 for path in (outputs.animation, outputs.report))
-    held = held_by(pictures, settings, frames) + held_for_report(size, reported)
-    plan = computing.plan(size, settings, held, shared.free if shared else None)
+    plan = planned(pictures, settings, computing.plan, shared.free if shared else None, outputs)
     outputs.keeps = kept_bytes(size, plan.history) if settings.optimizer == "device" else 0
-    check_agreement(pictures, settings)  # after the plan: masks of a size that is too large would fill the memory
+    check_agreement(pictures, settings)  # after the plan, as in `stylize`
     outputs.check(input_paths(arguments, settings), saved_size(pictures, settings))
     outputs.check_extras_are_ours()
     named = settings.weights, settings.seed, settings.model, arguments.quiet
@@ -1373,8 +1396,9 @@ def run(
     show: Callable[[str], None] = (lambda line: None) if shared else console.print
     shapes, defaults = what_shapes(pictures, settings, weights), Settings().decisive()
 
-    def begin(state: State | None) -> None:
-        outputs.made = how_it_is_made(arguments, settings, plan, computing.program)
+    def begin(state: State | None, device: str) -> None:
+        device = "CPU" if computing.repeatable() else device
+        outputs.made = how_it_is_made(arguments, settings, plan, computing.program, device)
         outputs.begin(
             lambda: shown_picture(start_picture(pictures, size, settings), size, pictures, settings),
             totals,
@@ -1398,7 +1422,7 @@ def run(
             outputs.expect(state, not full, lambda: shown_picture(state.x, size, pictures, settings))
         if full and (nothing := why_nothing_to_do(full, settings)):
             if outputs.is_behind(full):
-                begin(full)
+                begin(full, "another device")
             for path in outputs.finish():
                 show(f"saved {path}")
             if not (arguments.quiet or shared):
@@ -1422,7 +1446,7 @@ def run(
         def on_smaller_tiles(tile: int) -> None:
             console.print(f"{name}out of memory: trying again in tiles of at most {tile} pixels")
 
-        begin(state)
+        begin(state, device)
         with progress_bar(console, totals, EVALUATIONS_PER_ITERATION, name) as advance:
 
             def on_evaluation(size: tuple[int, int], count: int, evaluation: Evaluation) -> None:
@@ -1474,8 +1498,8 @@ def run_folder(arguments: argparse.Namespace, settings: Settings) -> int:
     What is wrong with all of them is raised before anything is created; what is wrong with one is told, and at the end
     once more, and stops no other.
     """
-    batch, beside = check_folder(arguments, settings)
     free = free_memory(settings.max_memory)
+    batch, beside = check_folder(arguments, settings, free)
     for photo in batch.photos:
         with batch.failures(photo):
             photo.check()
@@ -1497,7 +1521,9 @@ def run_folder(arguments: argparse.Namespace, settings: Settings) -> int:
         return batch.end(128 + received[0] if received else 0)
 
 
-def check_folder(arguments: argparse.Namespace, settings: Settings) -> tuple[Batch, dict[str, Any]]:
+def check_folder(
+    arguments: argparse.Namespace, settings: Settings, free: tuple[float, float]
+) -> tuple[Batch, dict[str, Any]]:
     """The photos, and the pictures that all share. Raises UserError for what is wrong whatever the photo."""
     folder, results = Path(arguments.content), base_path(os.path.join(arguments.prefix, "")).parent
     batch = Batch(photos_in(folder, results), results, console_for(arguments.quiet).print, arguments.debug)
@@ -1506,8 +1532,11 @@ def check_folder(arguments: argparse.Namespace, settings: Settings) -> tuple[Bat
     if arguments.report:
         batch.check_page(arguments.report)
     beside = read_beside(arguments, settings)
-    # What a square photo would be refused for is no photo's fault.
-    check_agreement(Pictures(np.zeros((SMALLEST, SMALLEST, 3), np.uint8), **beside), settings)
+    # What a square photo would be refused for is no photo's fault, but that it is too large.
+    square = Pictures(np.zeros((SMALLEST, SMALLEST, 3), np.uint8), **beside)
+    with contextlib.suppress(TooLarge):
+        planned(square, settings, free=free)
+        check_agreement(square, settings)
     if not arguments.quiet and (passed_over := folders_in(folder, results)):
         tell(f"folders in '{folder}' are not looked into: {words(passed_over)}")
     return batch, beside
@@ -1517,7 +1546,11 @@ MASKS = ("style_masks", "content_mask", "color_mask")
 
 
 def how_it_is_made(
-    arguments: argparse.Namespace, settings: Settings, plan: Plan, program: tuple[str, ...] = HERE.program
+    arguments: argparse.Namespace,
+    settings: Settings,
+    plan: Plan,
+    program: tuple[str, ...] = HERE.program,
+    device: str = "CPU",
 ) -> dict[str, Any]:
     """All that a picture's text says of its command: with the plan as it was, however much memory there is later.
 
@@ -1532,7 +1565,9 @@ def how_it_is_made(
         "prefix": arguments.prefix,
         "masks": {name: getattr(arguments, name) for name in MASKS if getattr(arguments, name)},
         "allow_large": arguments.allow_large,
-        "backend": import_keras().backend.backend(),
+        "backend": (backend := import_keras().backend.backend()),
+        "device": device,
+        "computed with": computed_with(backend, __version__),
     }
 
 

@@ -172,7 +172,7 @@ def size(weights: Weights, rows: int, tile: int, optimiser: str) -> dict[str, An
     whole, network = (
         [later[which] - earlier[which] for earlier, later in itertools.pairwise(ends)] for which in (0, 1)
     )
-    needed = needed_memory(content.shape[:2], tile or None, settings.history, optimizer=optimiser)
+    needed = needed_memory(content.shape[:2], tile or None, settings.history, settings)
     here, on_gpu = needed.shared(bool(before.total), optimiser)
     return {
         "seconds": statistics.median(whole),

@@ -104,7 +104,7 @@ def measure(rows: int, tile: int | None, evaluations: int) -> dict:
         "gflops": gigaflop(content.shape[:2]) / seconds,
         "outside": 1 - (insides[-1] - insides[0]) / (ends[-1] - ends[0]),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "estimated_bytes": sum(needed_memory(content.shape[:2], tile, evaluations)),
+        "estimated_bytes": sum(needed_memory(content.shape[:2], tile, evaluations, deepstyle.Settings())),
     }
 
 

@@ -4,18 +4,36 @@ differentiates, how it says that memory has run out."""
 import contextlib
 import functools
 import importlib
+import json
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from .limits import left_by_ulimits
 from .messages import UserError, require_choice
 
 BACKENDS = ("tensorflow", "jax", "torch")
+# What is set in the environment before Keras is loaded, unless the person has set it.
+ENVIRONMENT = {
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    # TensorFlow uses oneDNN by itself only on CPUs with AVX-512 VNNI; measured on one with AVX2, an evaluation takes
+    # 0.75 of the time with it, and 0.8 of the memory.
+    "TF_ENABLE_ONEDNN_OPTS": "1",
+    # SciPy's own threads would wait busily on the cores that TensorFlow computes on; measured with two cores, an
+    # evaluation takes 0.63 of the time without them at 32 rows and 0.97 at 200.
+    "OPENBLAS_NUM_THREADS": "1",
+    # On a GPU take what is needed: TensorFlow would take all the memory at once, and JAX three quarters of it.
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+}
+LEAST_TO_LOAD = 0.3e9  # bytes beside what is reserved: with TensorFlow less than 0.2 is too little, and 0.4 enough
 
 
 def import_keras() -> ModuleType:
@@ -24,31 +42,63 @@ def import_keras() -> ModuleType:
         asked = os.environ.get("KERAS_BACKEND")
         if asked:  # else Keras's own settings say it, and if they do not, it is TensorFlow
             require_choice("KERAS_BACKEND", asked, BACKENDS)
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        # TensorFlow uses oneDNN by itself only on CPUs with AVX-512 VNNI; measured on one with
-        # AVX2, an evaluation takes 0.75 of the time with it, and 0.8 of the memory.
-        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-        # SciPy's own threads would wait busily on the cores that TensorFlow computes on; measured with two cores, an
-        # evaluation takes 0.63 of the time without them at 32 rows and 0.97 at 200.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        # On a GPU take what is needed: TensorFlow would take all the memory at once, and JAX three quarters of it.
-        os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        expect_room(asked or "its backend")
         try:
             with silenced_stderr():  # what TensorFlow says before it has read its log level
                 importlib.import_module("keras")
         except Exception as error:  # a backend that is unknown, not installed, or broken
-            if asked == "tensorflow":
-                raise
-            told = f"KERAS_BACKEND={asked}" if asked else "the backend of its keras.json"
-            raise UserError(
-                f"Keras cannot use {told}: {error}; KERAS_BACKEND=tensorflow is what run.sh installs"
-            ) from error
+            raise why_not_loaded(error, asked) from error
         if not asked:
             require_choice("the backend of Keras's keras.json", sys.modules["keras"].backend.backend(), BACKENDS)
         use_one_gpu(sys.modules["keras"].backend.backend())
     compute_in_full(sys.modules["keras"].backend.backend())
     return sys.modules["keras"]
+
+
+def expect_room(backend: str) -> None:
+    """Raise UserError, status 1, if a ulimit leaves too little to load Keras: TensorFlow would end the process."""
+    for name, left in left_by_ulimits().items():
+        if left < LEAST_TO_LOAD:
+            raise UserError(f"'{name}' leaves too little memory to load Keras with {backend}; raise it", status=1)
+
+
+def why_not_loaded(error: Exception, asked: str | None) -> UserError:
+    """What kept Keras from loading with the backend that KERAS_BACKEND asked for, or with its own, told as what it is.
+
+    Raises UserError if Keras's settings name a backend that does not serve.
+    """
+    path, settings = keras_settings()
+    backend = asked or settings.get("backend", BACKENDS[0])
+    if not asked:
+        require_choice(f"the backend in '{path}'", backend, BACKENDS)
+    said = str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or any(words in said for words in ("failed to map segment", "llocate memory")):
+        limits = " or ".join(left_by_ulimits()) or "what else runs here"
+        return UserError(f"memory ran out while Keras was loaded with {backend}: {said}; see to {limits}", status=1)
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing and missing not in BACKENDS:
+        return UserError(f"Python has no package {missing}; 'sh run.sh' installs what is needed")
+    told = f"KERAS_BACKEND={backend}" if asked else f"{backend}, its backend"
+    other = "KERAS_BACKEND=tensorflow is what run.sh installs" if backend != BACKENDS[0] else "'sh run.sh' installs it"
+    if missing:
+        return UserError(f"Keras cannot use {told}: Python has no package {missing}; {other}")
+    if isinstance(error, ImportError):
+        return UserError(f"Keras cannot use {told}: it is installed, but broken: {said}; {other}")
+    return UserError(f"Keras cannot use {told}, or its settings in '{path}': {said}; {other}")
+
+
+def keras_settings() -> tuple[Path, dict[str, Any]]:
+    """Keras's keras.json, as Keras itself looks for it, and what is in it; nothing if it cannot be read."""
+    home = os.path.expanduser("~")
+    folder = Path(home if os.access(home, os.W_OK) else tempfile.gettempdir(), ".keras")
+    path = Path(os.environ.get("KERAS_HOME") or folder, "keras.json")
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError):
+        settings = {}
+    return path, settings if isinstance(settings, dict) else {}
 
 
 def use_one_gpu(backend: str) -> None:

@@ -2,12 +2,12 @@
 
 import contextlib
 import ctypes
-import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from .backend import import_keras, on_cpu
+from .limits import usable_cores
 
 
 class Memory(NamedTuple):
@@ -49,7 +49,8 @@ def describe_device() -> str:
     """What the backend computes on, in words: "2 CPU cores with jax", "NVIDIA L4 (23.7 GB) with tensorflow"."""
     backend = import_keras().backend.backend()
     if on_cpu():
-        return f"{os.cpu_count()} CPU cores with {backend}"
+        cores = usable_cores()
+        return f"{cores} CPU core{'s' * (cores > 1)} with {backend}"
     total = gpu_memory().total
     return f"{gpu_name()}{f' ({total / 1e9:.1f} GB)' if total else ''} with {backend}"
 

@@ -10,7 +10,6 @@ the result. Nothing as large as the picture is written in between.
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backend import as_array, compile_once, done_before, import_keras, on_cpu
+from .limits import usable_cores
 from .messages import UserError
 
 Tensor = Any  # one of the backend's
@@ -185,7 +185,7 @@ def dot_products(vectors: Sequence[Tensor], other: Tensor, slots: int = 0) -> np
     if on_cpu():
         other = np.asarray(other)
         # NumPy looks at the same memory, and takes less than half of TensorFlow's time and an eighth of XLA's.
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        with ThreadPoolExecutor(usable_cores()) as threads:
             by_row = threads.map(lambda vector: np.einsum("ijk,ijk->i", vector, other), map(np.asarray, vectors))
             return np.array([*by_row]).sum(1, np.float64)
     products = compile_once(products_by_row)(padded(vectors, slots), other)

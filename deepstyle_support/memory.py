@@ -1,18 +1,17 @@
 """How much memory there is, how much a picture needs, and the plan that follows: whole or in tiles."""
 
 import bisect
-import contextlib
 import itertools
 import math
-import re
-from collections.abc import Collection, Iterable
-from pathlib import Path
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import psutil
 
 from .device import gpu_memory
+from .limits import left_by_cgroups, left_by_ulimits
 from .messages import UserError
 from .vgg import CHANNELS, halo, stride
 
@@ -24,8 +23,22 @@ FEW_CORRECTIONS, MOST_CORRECTIONS = 5, 1000  # of which some dozens are of use
 # would be 8, at 6048 x 8064 in tiles of 576 10.3.
 DEVICE_VECTORS = 11
 CUDA = 800e6  # bytes that its libraries take here beside the GPU's; measured with PyTorch on an H200: 700 to 800 MB
+BARE, LOADED = 100e6, 1000e6  # of Python with NumPy and Pillow, and with Keras and TensorFlow, before they compute
+# Bytes of a pixel, each measured at 24 megapixels or more. Of a picture that is saved; more for the content's colours,
+# for a mask of those, for alpha. An animation keeps 3 or 4 channels for each frame, and when it is written takes up to
+# 3 times as much more for each, and this at once:
+SAVING, SAVING_COLOURED, SAVING_MASKED, SAVING_CLEAR, ANIMATING = 10, 11, 17, 5, 25
+# For a moment, beside the array: of what is read, as floats and with alpha; of what is resized, and of what comes out.
+READING, RESIZING, RESIZED, MASKING, MASK_RESIZED = 8, 2, 7, 5, 12
+COLOURING = 4  # of what is given other colours, or says them
+BAND = 80e6  # bytes of the rows that are at hand at a time where colours are computed
+SHOWING = 12  # of a style that is shown to the network, as float32
+PLACED_MASK = 5.4  # of the picture, for each mask at conv1_1, conv2_1 and so on
 WORKER = 800e6  # bytes of a process that computes tiles for this one, before it computes
 RAY = 400e6  # of Ray's own processes
+
+
+Size = tuple[int, int]  # (rows, columns)
 
 
 class Wishes(Protocol):
@@ -45,6 +58,10 @@ class Wishes(Protocol):
     def padding(self) -> str: ...
     @property
     def optimizer(self) -> str: ...
+    @property
+    def preserve_color(self) -> bool | str: ...
+    @property
+    def init_image(self) -> str: ...
 
 
 class Plan(NamedTuple):
@@ -68,93 +85,147 @@ class Plan(NamedTuple):
         return said
 
 
+class Held(NamedTuple):
+    """Bytes of main memory that a run holds beside what the plan computes; from `held_beside`."""
+
+    kept: float = 0  # while it paints
+    styles: float = 0  # more than that, while the styles are shown to the network; L-BFGS has no vectors yet
+    before: float = 0  # in all, at most, before anything is shown to the network
+
+
+NOTHING = Held()
+
+
+class TooLarge(UserError):
+    """A picture that does not fit."""
+
+    def __init__(self, message: str, beside: str = "", remedy: str = ""):
+        super().__init__(message)
+        self.beside = beside  # what of the memory is for other pictures, in words, if that is much
+        self.remedy = remedy  # what else would help, in words, to be put behind
+
+
 def plan_memory(
-    size: tuple[int, int], settings: Wishes, held: float = 0, found: tuple[float, float] | None = None, workers: int = 0
+    size: Size, settings: Wishes, held: Held = NOTHING, found: tuple[float, float] | None = None, workers: int = 0
 ) -> Plan:
-    """The quickest way to paint a picture of (rows, columns) in the memory that is free, less the bytes `held` beside.
+    """The quickest way to paint a picture of (rows, columns) in the memory that is free, with what is held beside.
 
     With `workers` so many processes on this machine compute tiles at the same time, each on a GPU of its own if there
     are any.
 
     The picture is computed as a whole if that fits, and else in the largest tiles that do. Before tiles get smaller
-    than 512 pixels, L-BFGS keeps fewer corrections, down to 5. Raises UserError if nothing fits, with the largest size
-    that would. found: what `free_memory` said before this process took any.
+    than 512 pixels, L-BFGS keeps fewer corrections, down to 5. Raises TooLarge if nothing fits; `plan_or_advice` says
+    what does. found: what `free_memory` said before this process took any.
     """
-    free, gpu_free = found or free_memory(settings.max_memory)
-    if plan := way_that_fits(size, settings, free - held, gpu_free, workers):
-        return plan._replace(needed=plan.needed + held, free=free)
-
-    def too_large(rows: int) -> bool:
-        smaller = rows, max(1, rows * size[1] // size[0])
-        # What is held beside grows with the picture, less those that are read.
-        held_then = held * math.prod(smaller) / math.prod(size)
-        return not way_that_fits(smaller, settings, free - held_then, gpu_free, workers)
-
-    largest = bisect.bisect(range(1, size[0]), False, key=too_large)
+    found = found or free_memory(settings.max_memory)
+    if plan := way_that_fits(size, settings, held, found, workers):
+        return plan
+    free, gpu_free = found
     tile = SMALL_TILE if settings.tile == "auto" else given_tile(settings)
     fewest = min(settings.history, FEW_CORRECTIONS)
-    all_needed = needed_by_all(workers, bool(gpu_free), size, tile, fewest, settings)
-    here, on_gpu = all_needed.shared(bool(gpu_free), settings.optimizer)
-    needed = held + here
+    with_fewest, without = (
+        needed_by_all(workers, bool(gpu_free), size, tile, history, settings) for history in (fewest, 0)
+    )
+    needed, on_gpu = peaks(with_fewest, without, held, settings, found)
     if needed <= free and settings.optimizer == "scipy" and corrections_of_scipy(size) < fewest:
-        raise UserError(
-            f"{size[0]} x {size[1]} pixels are too many for SciPy's L-BFGS-B, enough for --image_size {largest}; "
-            "--optimizer device has no such limit"
+        raise TooLarge(
+            f"{size[0]} x {size[1]} pixels are too many for SciPy's L-BFGS-B",
+            remedy="; --optimizer device has no such limit",
         )
-    raise UserError(
+    beside = max(held)
+    raise TooLarge(
         f"{size[0]} x {size[1]} pixels need {needed / 1e9:.1f} GB of memory "
         f"{'or more' if settings.tile == 'auto' else '(--tile auto may need less)'}, {free / 1e9:.1f} GB are free"
-        f"{f'; on the GPU {on_gpu / 1e9:.1f} GB, {gpu_free / 1e9:.1f} GB are free' if gpu_free else ''}, "
-        f"{f'enough for --image_size {largest}' if largest >= SMALLEST else 'too little for any'}"
+        f"{under_a_ulimit(free)}"
+        f"{f'; on the GPU {on_gpu / 1e9:.1f} GB, {gpu_free / 1e9:.1f} GB are free' if gpu_free else ''}",
+        beside=f"{beside / 1e9:.1f} GB are for pictures as they are read, shown (--style_size) and saved"
+        if beside > needed / 2
+        else "",
     )
 
 
-def way_that_fits(
-    size: tuple[int, int], settings: Wishes, free: float, gpu_free: float, workers: int = 0
-) -> Plan | None:
-    """The plan for a picture of (rows, columns) in so many bytes; None if there is none."""
+def plan_or_advice(image_size: int, plan: Callable[[int], Plan]) -> Plan:
+    """The plan for so many rows: plan(image_size). If it is too large, the error names the largest size that is not.
+
+    That is tried in the very same way. plan: raises TooLarge for what does not fit, UserError for what is too small.
+    """
+    try:
+        return plan(image_size)
+    except TooLarge as error:
+
+        def too_large(rows: int) -> bool:
+            try:
+                plan(rows)
+            except TooLarge:
+                return True
+            except UserError:
+                return False
+            return False
+
+        largest = bisect.bisect(range(1, image_size), False, key=too_large)
+        try:
+            plan(largest)
+            advice = f"enough for --image_size {largest}"
+        except UserError:
+            advice = f"too little for any{f', since {error.beside}' if error.beside else ''}"
+        raise TooLarge(f"{error}, {advice}{error.remedy}") from error
+
+
+def way_that_fits(size: Size, settings: Wishes, held: Held, found: tuple[float, float], workers: int) -> Plan | None:
+    """The plan for a picture of (rows, columns) in the bytes that were `found`, here and on a GPU; None without one."""
     side, fewest = max(size), min(settings.history, FEW_CORRECTIONS)
+    free, gpu_free = found
+
+    def needed_with(tile: int | None, history: int) -> Needed:
+        return needed_by_all(workers, bool(gpu_free), size, tile, history, settings)
 
     def corrections(tile: int | None) -> float:
         """How many L-BFGS can keep beside tiles of this size, at most as many as are wished for; or less than 0."""
-        needed = needed_by_all(workers, bool(gpu_free), size, tile, 0, settings)
+        needed = needed_with(tile, 0)
         here, on_gpu = needed.shared(bool(gpu_free), settings.optimizer)
-        room = free - here
+        room = free - held.kept - here
         if settings.optimizer == "scipy":
             room = min(room, corrections_of_scipy(size) * bytes_per_correction(size, "scipy"))
+        if at_first(needed, held, bool(gpu_free), settings.optimizer) > free:
+            return -1
         if gpu_free and (room < 0 or on_gpu > gpu_free):
             return -1
         if gpu_free and settings.optimizer == "device" and not workers:
             room = gpu_free - on_gpu
         return min(settings.history, room // bytes_per_correction(size, settings.optimizer))
 
+    tile = given_tile(settings) if settings.tile != "auto" else quickest_tile(side, fewest, corrections)
+    history = corrections(tile)
+    if history < fewest:
+        return None
+    needed, on_gpu = peaks(needed_with(tile, int(history)), needed_with(tile, 0), held, settings, found)
+    whole_or_tile = tile if tile and tile < side else None
+    return Plan(whole_or_tile, int(history), needed, free, (on_gpu, gpu_free) if gpu_free else None)
+
+
+def quickest_tile(side: int, fewest: int, corrections: Callable[[int | None], float]) -> int | None:
+    """The largest tile of a picture with this longer side that fits, None for the whole; one of 128 if none does.
+
+    corrections: how many L-BFGS can keep beside a tile. Tiles under 512 pixels only if else it cannot keep the fewest.
+    """
+
     def tile_of(parts: int) -> int | None:
         """The longer side in so many parts, in whole strides of the deepest layer."""
         return None if parts == 1 else math.ceil(side / parts / 16) * 16
 
-    if settings.tile != "auto":
-        tile = given_tile(settings)
-    else:
-        # The last number of parts of which each, rounded up to 16, still has 512 pixels.
-        most = max(1, math.ceil(side / (LARGE_TILE - 16)) - 1)
-        kept = max(corrections(None), corrections(tile_of(most)))
-        if kept < fewest:
-            most, kept = math.ceil(side / SMALL_TILE), fewest
+    # The last number of parts of which each, rounded up to 16, still has 512 pixels.
+    most = max(1, math.ceil(side / (LARGE_TILE - 16)) - 1)
+    kept = max(corrections(None), corrections(tile_of(most)))
+    if kept < fewest:
+        most, kept = math.ceil(side / SMALL_TILE), fewest
 
-        def fits(parts: int) -> bool:
-            return corrections(tile_of(parts)) >= kept
+    def fits(parts: int) -> bool:
+        return corrections(tile_of(parts)) >= kept
 
-        tile = tile_of(1 if fits(1) else 2 + bisect.bisect_left(range(2, most), True, key=fits))
-    history = corrections(tile)
-    if history < fewest:
-        return None
-    needed = needed_by_all(workers, bool(gpu_free), size, tile, int(history), settings)
-    here, on_gpu = needed.shared(bool(gpu_free), settings.optimizer)
-    whole_or_tile = tile if tile and tile < side else None
-    return Plan(whole_or_tile, int(history), here, free, (on_gpu, gpu_free) if gpu_free else None)
+    return tile_of(1 if fits(1) else 2 + bisect.bisect_left(range(2, most), True, key=fits))
 
 
-def smaller_tile(size: tuple[int, int], tile: int | None) -> int | None:
+def smaller_tile(size: Size, tile: int | None) -> int | None:
     """Pixels of tiles half as large as those, or as the whole picture, but no less than 128; None if they are not more.
 
     For a picture of (rows, columns) that did not fit after all.
@@ -168,28 +239,23 @@ def given_tile(settings: Wishes) -> int | None:
     return None if settings.tile == "off" else int(settings.tile)
 
 
-def bytes_per_vector(size: tuple[int, int], optimizer: str) -> int:
+def bytes_per_vector(size: Size, optimizer: str) -> int:
     """A vector of L-BFGS: 3 channels in SciPy's float64, or in float32 on the device."""
     return 3 * (8 if optimizer == "scipy" else 4) * math.prod(size)
 
 
-def bytes_per_correction(size: tuple[int, int], optimizer: str) -> int:
+def bytes_per_correction(size: Size, optimizer: str) -> int:
     """What L-BFGS keeps of each: a step and a change of the gradient."""
     return 2 * bytes_per_vector(size, optimizer)
 
 
-def corrections_of_scipy(size: tuple[int, int]) -> int:
+def corrections_of_scipy(size: Size) -> int:
     """The most that SciPy's L-BFGS-B can keep: it counts its 2 m n + 5 n + 11 m^2 + 8 m numbers in 32 bits.
 
     n: the numbers of the picture, m: the corrections. With more of them it ends the process.
     """
     n, m = 3 * math.prod(size), MOST_CORRECTIONS
     return (2**31 - 1 - 5 * n - 11 * m**2 - 8 * m) // (2 * n)
-
-
-def network_of(settings: Wishes) -> tuple[str, tuple[str, ...], str, str]:
-    """What beside the picture and its tiles decides how much memory is needed."""
-    return settings.model, settings.content_layer, settings.padding, settings.optimizer
 
 
 class Needed(NamedTuple):
@@ -207,48 +273,57 @@ class Needed(NamedTuple):
         return sum(self) - on_gpu + CUDA, on_gpu
 
 
-def needed_memory(
-    size: tuple[int, int],
-    tile: int | None,
-    history: int,
-    model: str = "vgg16",
-    content_layers: Collection[str] = ("conv5_2",),
-    padding: str = "zeros",
-    optimizer: str = "scipy",
-) -> Needed:
-    """What a picture of (rows, columns) needs in tiles of this size, or as a whole.
+def at_first(needed: Needed, held: Held, gpu: bool, optimizer: str) -> float:
+    """Bytes of main memory at most before L-BFGS has its vectors: pictures are read, made ready, and shown."""
+    here, _ = needed._replace(vectors=0).shared(gpu, optimizer)
+    return max(here + held.kept + held.styles, LOADED + held.before)
+
+
+def peaks(
+    needed: Needed, without: Needed, held: Held, settings: Wishes, found: tuple[float, float]
+) -> tuple[float, float]:
+    """Bytes of main memory and of a GPU, if one was found, that a whole run takes at most.
+
+    without: what is needed without any corrections.
+    """
+    gpu = bool(found[1])
+    here, on_gpu = needed.shared(gpu, settings.optimizer)
+    return max(here + held.kept, at_first(without, held, gpu, settings.optimizer)), on_gpu
+
+
+def needed_memory(size: Size, tile: int | None, history: int, settings: Wishes) -> Needed:
+    """What a picture of (rows, columns) needs in tiles of this size, or as a whole, with so many corrections.
 
     The numbers are fitted to measured peaks on a CPU (TensorFlow 2.21); benchmarks/speed.py shows both.
     """
     pixels = math.prod(size)
-    layers = CHANNELS[model]
-    computed = largest_window(size, tile, model) if tile else pixels
+    layers = CHANNELS[settings.model]
+    tile = tile if tile and tile < max(size) else None
+    computed = largest_window(size, tile, settings.model) if tile else pixels
     # Of VGG16's features, 270 numbers a pixel, 7.6 bytes a number are there at once; of tiles more, since their shapes
     # differ, and what one leaves does not fit the next.
     numbers = computed * sum(channels / stride(name) ** 2 for name, channels in layers.items())
     computing = 150e6 + (12 if tile else 7.6) * numbers
     # The content's features at early layers are large; they are kept whole, and given to the backend where it computes.
-    targets = 4 * sum(layers[name] / stride(name) ** 2 for name in content_layers)
+    targets = 4 * sum(layers[name] / stride(name) ** 2 for name in settings.content_layer)
     computing += computed * targets
-    if padding == "edge":
+    if settings.padding == "edge":
         # Each kernel's outer lines and corners once more, 16 of in x out, and those for the gradient.
         computing += 4 * 2 * 16 * sum(inputs * outputs for inputs, outputs in itertools.pairwise((3, *layers.values())))
     # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top: 10 on one
     # machine, 12 on another, and one to be sure. The device's has 2 m, and as many more as were measured.
-    vectors = 5 + 13 if optimizer == "scipy" else DEVICE_VECTORS
-    needed = (2 * history + vectors) * bytes_per_vector(size, optimizer)
-    return Needed(computing, needed, 900e6 + pixels * targets)
+    vectors = 5 + 13 if settings.optimizer == "scipy" else DEVICE_VECTORS
+    needed = (2 * history + vectors) * bytes_per_vector(size, settings.optimizer)
+    return Needed(computing, needed, LOADED + pixels * targets)
 
 
-def needed_by_all(
-    workers: int, on_gpus: bool, size: tuple[int, int], tile: int | None, history: int, settings: Wishes
-) -> Needed:
+def needed_by_all(workers: int, on_gpus: bool, size: Size, tile: int | None, history: int, settings: Wishes) -> Needed:
     """`needed_memory` of one process, or of this one and `workers` that compute for it; on GPUs, of each GPU.
 
     Beside them Ray's store holds x, once more than this process, the content's features, and of each worker two
     gradients: the one that it has computed, and the one that waits until those before it are added.
     """
-    needed = needed_memory(size, tile, history, *network_of(settings))
+    needed = needed_memory(size, tile, history, settings)
     if not workers:
         return needed
     layers = CHANNELS[settings.model]
@@ -259,12 +334,12 @@ def needed_by_all(
     return Needed(needed.computing * (1 if on_gpus else workers), 0, needed.vectors + needed.rest + ray)
 
 
-def largest_window(size: tuple[int, int], tile: int, model: str) -> int:
+def largest_window(size: Size, tile: int, model: str) -> int:
     """Pixels that are computed at a time, at most: a tile, and all around it that its features can see."""
     return math.prod(min(side, tile + 2 * halo(CHANNELS[model], model)) for side in size)
 
 
-def shared_tile(size: tuple[int, int], at_most: int | None, workers: int, model: str, kept: bool) -> int:
+def shared_tile(size: Size, at_most: int | None, workers: int, model: str, kept: bool) -> int:
     """The tile, of at most so many pixels a side, with which so many workers compute (rows, columns) soonest.
 
     There are at least as many tiles as workers, if the picture has so many blocks of 16 x 16. What takes the time is
@@ -286,48 +361,50 @@ def shared_tile(size: tuple[int, int], at_most: int | None, workers: int, model:
 
 
 def held_beside(
-    inputs: Iterable[np.ndarray], saved: tuple[int, int], coloured: bool, masked: bool, clear: bool, frames: int
-) -> int:
-    """Bytes that a run holds beside what is computed: its inputs, the picture that is saved, an animation's frames.
+    inputs: Mapping[str, np.ndarray], size: Size, saved: Size, styles: Sequence[Size], settings: Wishes, frames: int
+) -> Held:
+    """What a run holds beside what is computed: its inputs, what is made of them, and an animation of so many frames.
 
-    saved: (rows, columns) of the pictures that are saved; coloured, masked: whether they get the content's colours,
-    everywhere or by a mask; clear: whether they get its alpha.
+    inputs: (H, W, 3 or 4) or (H, W) uint8, by the names that Pictures gives them; (rows, columns) of the picture that
+    is painted, of those that are saved, and of the styles as they are shown to the network.
     """
-    # By a pixel, as measured at 24 megapixels: 10, 21 and 38 bytes; at 6 alpha takes 5 more. An animation keeps 3 or 4
-    # channels for each frame, and when it is written takes up to 3 times as much more for each, and about 25 at once.
+    pixels, content = math.prod(size), inputs["content"]
+    shown = [math.prod(style) for style in styles]
+    masks = [math.prod(one.shape[:2]) for name, one in inputs.items() if "mask" in name]
+    clear = content.shape[2] == 4
+    coloured, masked = settings.preserve_color == "luma", "color mask" in inputs
     channels = 4 if clear else 3
-    a_pixel = 10 + 11 * coloured + 17 * masked + 5 * clear + (4 * channels * frames + 25 if frames else 0)
-    return sum(picture.nbytes for picture in inputs) + math.prod(saved) * a_pixel
+    a_pixel = SAVING + SAVING_COLOURED * coloured + SAVING_MASKED * masked + SAVING_CLEAR * clear
+    a_pixel += 4 * channels * frames + ANIMATING if frames else 0
+    read = sum(picture.nbytes for picture in inputs.values())
+    kept = read + math.prod(saved) * a_pixel + pixels * PLACED_MASK * (len(masks) - masked + clear)
+    kept += coloured * RESIZING * math.prod(content.shape[:2])
+    kept += MASKING * math.prod(inputs["color mask"].shape[:2]) if masked else 0
+    largest = max(math.prod(picture.shape[:2]) for picture in inputs.values())
+    resized = 3 * (pixels + sum(shown))
+    not_yet = 0 if "keras" in sys.modules else LOADED - BARE  # it is loaded when a single photo has been read
+    before = [READING * largest - not_yet, RESIZING * largest + resized + RESIZED * max(pixels, *shown)]
+    before += [MASKING * max(masks) + MASK_RESIZED * pixels] if masks else []
+    if settings.preserve_color == "match" or settings.init_image == "recolored":
+        before.append(resized + COLOURING * max(pixels, *shown) + BAND)
+    return Held(kept, resized + SHOWING * max(shown), read + max(before))
 
 
 def free_memory(cap: float) -> tuple[float, float]:
     """Bytes that this process can have, and of a GPU, 0 if none are known; each at most `cap` GB unless that is 0.
 
-    It is what the machine has free, or less if a cgroup leaves less.
+    It is what the machine has free, or less if a cgroup or a ulimit leaves less.
     """
     gpu = gpu_memory().free  # first, since it may load the backend, which takes memory here
-    limits: list[float] = [psutil.virtual_memory().available, *left_by_cgroups()]
+    ulimits = left_by_ulimits().values()
+    limits: list[float] = [psutil.virtual_memory().available, *left_by_cgroups(), *ulimits]
     if cap:
         limits.append(cap * 1e9)
         gpu = min(gpu, cap * 1e9)
     return min(limits), gpu
 
 
-def left_by_cgroups() -> list[float]:
-    """What each cgroup that this process is in, or that holds one it is in, leaves of its limit; on Linux only."""
-    root = Path("/sys/fs/cgroup")
-    left: list[float] = []
-    own: list[list[str]] = []
-    with contextlib.suppress(OSError):
-        own = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    for _, controllers, name in [*own, ["", "", "/"], ["", "memory", "/"]]:
-        version_1 = "memory" in controllers
-        limit, use = ("limit_in_bytes", "usage_in_bytes") if version_1 else ("max", "current")
-        top = root / "memory" if version_1 else root
-        for folder in (top / name.lstrip("/"), *(top / name.lstrip("/")).parents):
-            with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
-                most, used = (int((folder / f"memory.{what}").read_text()) for what in (limit, use))
-                # What files leave in memory is given up when it is needed.
-                cached = re.search(r"^(?:total_)?inactive_file (\d+)", (folder / "memory.stat").read_text(), re.M)
-                left.append(most - used + (int(cached[1]) if cached else 0))
-    return left
+def under_a_ulimit(free: float) -> str:
+    """Which ulimit leaves no more bytes than are `free`, in words; empty if none does."""
+    ulimits = left_by_ulimits()
+    return next((f" under '{name}'" for name, left in ulimits.items() if left <= 1.01 * free), "")

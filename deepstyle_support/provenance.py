@@ -3,12 +3,14 @@
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
 from .messages import UserError, printable, words
 from .reading import harmless
+from .rounding import computed_with, what_differs
 
 
 def read_made(path: str) -> dict[str, Any]:
@@ -69,27 +71,42 @@ def shown(text: str, encoding: str) -> bool:
     return text.isprintable() and text == text.encode(encoding, "ignore").decode(encoding)
 
 
-def how_close(exact: bool) -> str:
-    """What the command does, in words; exact: whether it makes the same picture."""
-    return (
-        "makes it again"
-        if exact
-        else "comes close to it, not bit for bit, since the run was stopped, or short of memory, on the way"
-    )
+def how_close(exact: bool, device: str = "CPU", otherwise: Sequence[str] = ()) -> str:
+    """What the command does, in words.
+
+    exact: whether it makes the same picture where all is computed as it was. device: what the picture was computed on,
+    "CPU" or another's name; otherwise: what was done otherwise than it would be done now.
+    """
+    if not exact:
+        why = "the run was stopped, or short of memory, on the way"
+    elif device != "CPU":
+        why = f"it was computed on {device}, where sums are rounded in another order from run to run"
+    elif otherwise:
+        why = f"it was computed otherwise ({'; '.join(otherwise)})"
+    else:
+        return "makes it again"
+    return f"comes close to it, not bit for bit, since {why}"
 
 
-def description(path: str, defaults: dict[str, Any], encoding: str) -> str:
-    """How a picture was made, in lines to be shown in this encoding, with a command that makes it again.
+def description(path: str, defaults: dict[str, Any], version: str, encoding: str) -> str:
+    """How a picture was made, in lines to be shown in this encoding, with a command that makes it again, run now.
 
-    Raises UserError if it does not say.
+    Or that comes close to it. defaults: of the settings; version: deepstyle's. Raises UserError if the picture does not say how it was made.
     """
     made = read_made(path)
     try:
-        # 0.2.0 wrote the command itself.
+        # 0.2.0 wrote the command itself, and nothing of what it was computed with.
         command = made.pop("command") if "command" in made else command_again(made, defaults, encoding)
         at = f" at {made['at']}" if "at" in made else ""
-        explained = f"this {how_close(made['exact'])}, as its iteration {made['iteration']}{at}:"
+        with_what = made.get("computed with")
+        if with_what:
+            otherwise = what_differs(with_what, computed_with(made["backend"], version))
+            close = how_close(made["exact"], made["device"], otherwise)
+        else:
+            close = how_close(made["exact"]) + ", if all is computed as it was, which it does not say"
+        explained = f"this {close}, as its iteration {made['iteration']}{at}:"
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"'{path}' does not say how it was made, or not all of it") from error
-    lines = [printable(f"{name}: {value}") for name, value in made.items() if isinstance(value, str | float | int)]
+    said = made | (with_what or {})
+    lines = [printable(f"{name}: {value}") for name, value in said.items() if isinstance(value, str | float | int)]
     return "\n".join([*lines, explained, command])

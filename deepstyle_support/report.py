@@ -77,7 +77,11 @@ class Report:
 
     def write(self, exact: bool) -> None:
         """Write what there is to show. exact: whether the command makes the same pictures."""
-        how = {"again": how_close(exact), "plot": plot(self.points), "saved": saved(self.shown, self.points)}
+        how = {
+            "again": how_close(exact, self.facts["made"]["device"]),
+            "plot": plot(self.points),
+            "saved": saved(self.shown, self.points),
+        }
         write_page(self.path, "report.html", **self.facts, **how, shown=self.shown, totals=self.totals)
 
 

@@ -32,7 +32,8 @@ FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
 import deepstyle  # noqa: E402, it is not installed but lies above
 from deepstyle_support.backend import as_array, import_keras  # noqa: E402
-from deepstyle_support.memory import Plan, plan_memory, shared_tile  # noqa: E402
+from deepstyle_support.limits import usable_cores  # noqa: E402
+from deepstyle_support.memory import Held, Plan, plan_memory, shared_tile  # noqa: E402
 from deepstyle_support.messages import UserError  # noqa: E402
 from deepstyle_support.terminal import leave, signals_kept_from_children  # noqa: E402
 from deepstyle_support.weights import Weights  # noqa: E402
@@ -83,7 +84,7 @@ class Workers:
 
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if not on_cluster():  # "local", since Ray would else join one that happens to run on this machine
-            options |= {"address": "local", "num_cpus": os.cpu_count(), "include_dashboard": False}
+            options |= {"address": "local", "num_cpus": usable_cores(), "include_dashboard": False}
         self.began, on_sigterm = True, signal.getsignal(signal.SIGTERM)
         try:
             with signals_kept_from_children():
@@ -276,7 +277,7 @@ def environment(threads: int) -> dict[str, Any]:
 
 
 def plan_for(
-    workers: int, size: tuple[int, int], settings: deepstyle.Settings, held: float, found: tuple[float, float] | None
+    workers: int, size: tuple[int, int], settings: deepstyle.Settings, held: Held, found: tuple[float, float] | None
 ) -> Plan:
     """deepstyle's plan for so many workers, with tiles that keep all of them busy.
 
@@ -293,8 +294,8 @@ def run(arguments: argparse.Namespace, settings: deepstyle.Settings) -> deepstyl
     number = arguments.workers
     if number < 1:
         raise UserError(f"--workers is {number}; it must be 1 or more")
-    if not on_cluster() and number > (os.cpu_count() or 1):
-        raise UserError(f"--workers is {number}; this machine has {os.cpu_count()} CPU cores for them")
+    if not on_cluster() and number > usable_cores():
+        raise UserError(f"--workers is {number}; this machine has {usable_cores()} CPU cores for them")
     if settings.tile == "off" and number > 1:
         raise UserError(f"--tile is off; {number} workers need tiles to share")
     if not importlib.util.find_spec("ray"):
@@ -308,6 +309,7 @@ def run(arguments: argparse.Namespace, settings: deepstyle.Settings) -> deepstyl
         make=functools.partial(SharedObjective, workers),
         program=("examples/large_picture.py", "--workers", str(number)),
         end=workers.end,
+        repeatable=lambda: not workers.on_gpus and not on_cluster(),
     )
     return deepstyle.run(arguments, settings, computing=computing)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
 import deepstyle  # noqa: E402, it is not installed but lies above
+from deepstyle_support.limits import usable_cores  # noqa: E402
 from deepstyle_support.messages import UserError, printable, say, tell  # noqa: E402
 
 
@@ -131,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"cannot make the folder '{arguments.results}': {error.strerror}") from error
     for line in wrong:
         tell(printable(f"failed: {line}"))
-    threads = max(1, (os.cpu_count() or 1) // arguments.workers)
+    threads = max(1, usable_cores() // arguments.workers)
     return len(wrong) + (paint_all(jobs, threads, arguments.workers, options) if jobs else 0)
 
 

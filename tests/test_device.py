@@ -5,6 +5,8 @@ import functools
 import importlib.util
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
 import types
@@ -12,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from deepstyle_support import backend, device
+from deepstyle_support import backend, device, rounding
 from deepstyle_support.backend import out_of_memory
 from deepstyle_support.device import LIBRARIES, Memory, cuda_memory, describe_device, gpu_memory
+from deepstyle_support.limits import usable_cores
+from deepstyle_support.messages import UserError
 
 ROOT = Path(__file__).parent.parent
 BACKENDS = ["tensorflow", "jax", "torch"]
@@ -133,6 +137,128 @@ def test_errors_that_mean_that_memory_ran_out(error, known):
     assert out_of_memory(error) is known
 
 
+@pytest.mark.parametrize(
+    ("error", "asked", "said", "status"),
+    [
+        (MemoryError(), None, "memory ran out while Keras was loaded with tensorflow: MemoryError", 1),
+        (ImportError("libx.so: failed to map segment from shared object"), "jax", "memory ran out .* with jax", 1),
+        (ImportError("libx.so: cannot allocate memory in static TLS block"), None, "memory ran out", 1),
+        (ModuleNotFoundError(name="torch"), "torch", "KERAS_BACKEND=torch: Python has no package torch; KERAS_", 2),
+        (ModuleNotFoundError(name="tensorflow"), None, "tensorflow, its backend: .* no package tensorflow; 'sh run", 2),
+        (ModuleNotFoundError(name="keras"), "tensorflow", "^Python has no package keras; 'sh run.sh' installs", 2),
+        (ModuleNotFoundError(name="absl"), None, "^Python has no package absl; 'sh run.sh' installs", 2),
+        (ImportError("undefined symbol: x"), "jax", "KERAS_BACKEND=jax: it is installed, but broken: undefined", 2),
+        (ValueError("Invalid `epsilon`"), None, r"its settings in '.*keras\.json': Invalid `epsilon`", 2),
+        (AssertionError(), None, r"its settings in '.*keras\.json': AssertionError", 2),
+    ],
+    ids=repr,
+)
+def test_what_stops_a_backend_is_told_as_what_it_is(monkeypatch, tmp_path, error, asked, said, status):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    told = backend.why_not_loaded(error, asked)
+    assert re.search(said, str(told))
+    assert told.status == status
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ('{"backend": "jaxx"}', "is 'jaxx'; it must be one of tensorflow, jax, torch; did you mean jax"),
+        ('{"backend": "jax"}', "Keras cannot use jax, its backend"),
+        ("[]", "Keras cannot use tensorflow, its backend, or its settings in"),
+        ("{", "Keras cannot use tensorflow, its backend, or its settings in"),
+    ],
+)
+def test_the_backend_of_keras_json_is_named_when_it_does_not_serve(monkeypatch, tmp_path, settings, said):
+    (tmp_path / "keras.json").write_text(settings)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    try:
+        told = backend.why_not_loaded(ValueError("no such thing"), None)
+    except UserError as error:
+        told = error
+    assert said in str(told)
+
+
+def test_with_too_little_memory_under_a_ulimit_keras_is_not_even_begun(monkeypatch):
+    monkeypatch.setattr(backend, "left_by_ulimits", lambda: {"ulimit -v": 2.9e8})
+    with pytest.raises(UserError, match="'ulimit -v' leaves too little memory to load Keras with jax") as caught:
+        backend.expect_room("jax")
+    assert caught.value.status == 1
+    monkeypatch.setattr(backend, "left_by_ulimits", lambda: {"ulimit -v": 4e8})
+    backend.expect_room("jax")
+
+
+# What pictures depend on to the bit
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="there is no such thing here")
+def test_only_cores_that_the_process_may_use_count(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5})
+    assert usable_cores() == 1
+    assert describe_device().startswith("1 CPU core with ")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 5})
+    assert describe_device().startswith("3 CPU cores with ")
+    assert rounding.computed_with("jax", "1")["CPU cores"] == "3"
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == 64
+
+
+def test_versions_of_all_that_computes_count(monkeypatch):
+    versions = {name: f"{n}.0" for n, name in enumerate(("jax", "jaxlib", "keras", "numpy", "scipy", "pillow"))}
+    monkeypatch.setattr(rounding.importlib.metadata, "version", versions.__getitem__)
+    expected = ", ".join(f"{name} {number}" for name, number in ({"deepstyle": "9"} | versions).items())
+    assert rounding.computed_with("jax", "9")["packages"] == expected
+
+
+def test_tensorflow_has_a_version_by_whatever_name_it_is_installed(monkeypatch):
+    def version(name):
+        if name == "tensorflow":
+            raise rounding.importlib.metadata.PackageNotFoundError
+        return f"that of {name}"
+
+    monkeypatch.setattr(rounding.importlib.metadata, "version", version)
+    monkeypatch.setattr(rounding.importlib.metadata, "packages_distributions", lambda: {"tensorflow": ["tf_nightly"]})
+    assert rounding.version_of("tensorflow") == "that of tf_nightly"
+    monkeypatch.setattr(rounding.importlib.metadata, "packages_distributions", dict)
+    assert rounding.version_of("tensorflow") == "is not installed"
+
+
+def test_the_processors_instructions_count_and_not_its_speed(monkeypatch):
+    cpu = "model name\t: X\ncpu family : 6\ncpu MHz : {}\nflags : fpu avx2 smep {} sse4_1\n\nmodel name : other"
+    found = []
+    for speed, more in ((1000, "fma"), (2000, "fma"), (1000, "fma avx512f")):
+        said = cpu.format(speed, more)
+        monkeypatch.setattr(rounding.Path, "read_text", lambda path, said=said: said)
+        found.append(rounding.processor())
+    assert found[0] == found[1] == f"X ({platform.machine()}, cpu family 6) avx2 fma sse4_1"
+    assert found[2] == f"X ({platform.machine()}, cpu family 6) avx2 avx512f fma sse4_1"
+
+
+def test_without_proc_the_processor_is_what_python_calls_it(monkeypatch):
+    def missing(path):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(rounding.Path, "read_text", missing)
+    monkeypatch.setattr(rounding.platform, "processor", lambda: "arm")
+    assert rounding.processor() == f"arm ({platform.machine()})"
+
+
+@pytest.mark.parametrize(
+    "name", ["TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS", "NPROC", "XLA_FLAGS", "DNNL_MAX_CPU_ISA"]
+)
+def test_what_the_environment_says_of_threads_and_instructions_counts(monkeypatch, name):
+    monkeypatch.delenv(name, raising=False)
+    before = rounding.computed_with("tensorflow", "1")
+    monkeypatch.setenv(name, "1")
+    now = rounding.computed_with("tensorflow", "1")
+    (differs,) = rounding.what_differs(before, now)
+    assert differs.startswith("environment: ")
+    assert f"{name}=1" in differs.split("; now ")[1]
+    monkeypatch.setenv("HOME", "/elsewhere")
+    assert rounding.what_differs(now, rounding.computed_with("tensorflow", "1")) == []
+
+
 # The driver's library, as cuda_memory calls it
 
 
@@ -191,7 +317,8 @@ def test_a_gpu_that_the_backend_does_not_use_does_not_count(monkeypatch):
     monkeypatch.setattr(device, "tensorflow_memory", lambda: pytest.fail("it is not TensorFlow's"))
     assert "cpu" in str(backend.import_keras().ops.zeros(()).device).lower()
     assert gpu_memory() == Memory(0, 0)
-    assert describe_device() == f"{os.cpu_count()} CPU cores with tensorflow"
+    cores = usable_cores()
+    assert describe_device() == f"{cores} CPU core{'s' * (cores > 1)} with tensorflow"
 
 
 @pytest.mark.parametrize("names", [["nvidia0"], ["dxg"], ["kfd"], []])

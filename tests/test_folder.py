@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shlex
 import signal
 import time
@@ -361,6 +362,17 @@ def test_masks_count_for_each_photo(photos, tmp_path):
     for name in ("a.jpg", "b c.png"):
         plain, masked = (pixels(tmp_path / out / name / LAST).astype(int) for out in ("out", "masked"))
         assert np.abs(plain - masked).max() > 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--preserve_color"]])
+def test_masks_of_an_absurd_size_do_not_fill_the_memory_before_it_is_refused(photos, tmp_path, capsys, flags):
+    Image.fromarray(np.full((40, 50), 255, np.uint8)).save(tmp_path / "mask.png")
+    kinds = ["--content_mask", "--style_masks", *(["--color_mask"] if flags else [])]
+    masks = [part for kind in kinds for part in (kind, str(tmp_path / "mask.png"))]
+    assert paint(photos, *masks, *flags, "--image_size", "90000000") == 1
+    refused = [line for line in capsys.readouterr().err.splitlines() if "GB of memory or more" in line]
+    assert refused
+    assert all(re.search(r"90000000 x \d+ pixels need .*, enough for --image_size \d+", line) for line in refused)
 
 
 def test_free_memory_is_asked_before_the_first_photo_takes_any(photos, monkeypatch):

@@ -15,6 +15,7 @@ from conftest import IMAGES, SMALL, smooth_picture
 
 import deepstyle
 from deepstyle_support import memory
+from deepstyle_support.limits import usable_cores
 from deepstyle_support.memory import plan_memory, shared_tile
 from deepstyle_support.terminal import stopping
 
@@ -37,7 +38,7 @@ def workers(untrained, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setattr(sys, "executable", str(link / Path(sys.executable).relative_to(sys.prefix)))
-        patch.setattr(os, "cpu_count", lambda: 2)
+        patch.setattr(large_picture, "usable_cores", lambda: 2)
         pair.begin()
         pair.employ(untrained, "zeros")
     yield pair
@@ -211,7 +212,7 @@ def state_of(prefix):
         return int(state["iteration"]), bool(state["partial"])
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")
+@pytest.mark.skipif(usable_cores() < 2, reason="two workers need two cores")
 def test_either_program_goes_on_with_the_others_run_and_a_stop_saves_the_picture(
     full_network, picture_files, tmp_path, capfd
 ):
@@ -282,7 +283,7 @@ def test_a_run_without_any_worker_left_ends_with_its_last_picture_and_state(
     [
         (["--workers", "0"], "--workers is 0; it must be 1 or more"),
         (["--workers", "-1"], "--workers is -1; it must be 1 or more"),
-        (["--workers", "1000000"], f"--workers is 1000000; this machine has {os.cpu_count()} CPU cores for them"),
+        (["--workers", "1000000"], "--workers is 1000000; this machine has 2 CPU cores for them"),
         (["--workers", "two"], "argument --workers: expected a whole number, not 'two' (see --help)"),
         (["--tile", "off"], "--tile is off; 2 workers need tiles to share"),
         (["--image_size", "31"], "pixels, but needs at least 32 on each side"),
@@ -290,7 +291,7 @@ def test_a_run_without_any_worker_left_ends_with_its_last_picture_and_state(
 )
 def test_what_is_wrong_is_said_before_ray_is_started(picture_files, tmp_path, monkeypatch, capfd, flags, said):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(large_picture, "usable_cores", lambda: 2)
     monkeypatch.setattr(large_picture.Workers, "begin", lambda self: pytest.fail("Ray was started"))
     assert large_picture.main([*picture_files, str(tmp_path / "out" / "a"), *SMALL, *flags]) == 2
     told = capfd.readouterr().err
@@ -360,7 +361,7 @@ def test_the_plan_counts_every_worker(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda cap: (100e9, 0))
     one, two, four = (plan_memory(size, settings, workers=workers).needed for workers in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one))
-    needed = memory.needed_memory(size, 512, 10)
+    needed = memory.needed_memory(size, 512, 10, settings)
     assert two > 2 * needed.computing + needed.vectors + needed.rest
     monkeypatch.setattr(memory, "free_memory", lambda cap: (two, 0))
     assert plan_memory(size, deepstyle.Settings(tile="512", history=10), workers=2).tile == 512

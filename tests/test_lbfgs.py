@@ -11,7 +11,7 @@ from scipy import optimize
 
 import deepstyle
 from deepstyle import Evaluation, Settings
-from deepstyle_support import lbfgs
+from deepstyle_support import lbfgs, provenance, rounding
 from deepstyle_support.backend import as_array, import_keras
 from deepstyle_support.lbfgs import Curvature, Point, combination, device_lbfgs, dot_products
 
@@ -223,6 +223,28 @@ def test_another_way_of_computing_is_not_called_exact(untrained):
     plans = [(Settings(optimizer="device"), plan._replace(tile=tile)) for tile in (None, 32)]
     ways = [deepstyle.way_of_computing(*one) for one in [(Settings(), plan), *plans]]
     assert len(set(ways)) == 3
+
+
+@pytest.mark.parametrize("name", ["CPU cores", "processor", "packages", "environment"])
+def test_what_rounds_otherwise_is_another_way_and_the_description_says_so(
+    picture_files, tmp_path, capsys, monkeypatch, name
+):
+    assert run_small(picture_files, tmp_path / "out", "--image_size", "32", "--num_iter", "1") == 0
+    other = rounding.computed_with("tensorflow", deepstyle.__version__) | {name: "another"}
+    first = tmp_path / "out" / "result_image_at_iteration_1.png"
+    capsys.readouterr()
+    assert deepstyle.main(["--describe", str(first)]) == 0
+    assert "this makes it again" in capsys.readouterr().out
+    for module in (deepstyle, provenance):
+        monkeypatch.setattr(module, "computed_with", lambda backend, version: other)
+    assert deepstyle.main(["--describe", str(first)]) == 0
+    said = capsys.readouterr().out
+    assert f"comes close to it, not bit for bit, since it was computed otherwise ({name}: " in said
+    assert "; now another)" in said
+    assert run_small(picture_files, tmp_path / "out", "--image_size", "32", "--num_iter", "2", "--resume") == 0
+    capsys.readouterr()
+    assert deepstyle.main(["--describe", str(first.with_name("result_image_at_iteration_2.png"))]) == 0
+    assert "comes close to it, not bit for bit, since the run was stopped" in capsys.readouterr().out
 
 
 def run_small(picture_files, folder, *flags):
