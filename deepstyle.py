@@ -43,7 +43,7 @@ try:
     from deepstyle_support.callbacks import Closed, as_generator
     from deepstyle_support.convolution import Kernel, convolve, kernel_on_device
     from deepstyle_support.device import describe_device
-    from deepstyle_support.files import outputs_of
+    from deepstyle_support.files import Outputs, outputs_of
     from deepstyle_support.folder import Batch, Photo, arguments_for, folders_in, photos_in
     from deepstyle_support.lbfgs import Curvature, device_lbfgs, kept_bytes
     from deepstyle_support.memory import (

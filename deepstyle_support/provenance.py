@@ -89,9 +89,10 @@ def how_close(exact: bool, device: str = "CPU", otherwise: Sequence[str] = ()) -
 
 
 def description(path: str, defaults: dict[str, Any], version: str, encoding: str) -> str:
-    """How a picture was made, in lines to be shown in this encoding, with a command that makes it again, run now.
+    """How a picture was made, in lines, with a command that makes it again, or comes close to it where it is run now.
 
-    Or that comes close to it. defaults: of the settings; version: deepstyle's. Raises UserError if the picture does not say how it was made.
+    defaults: of the settings; version: deepstyle's; encoding: that of what it is shown on. Raises UserError if the
+    picture does not say how it was made.
     """
     made = read_made(path)
     try:

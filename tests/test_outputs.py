@@ -225,7 +225,7 @@ def test_the_animation_begins_with_the_start_and_holds_the_last_picture(picture_
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "mp4"])
 def test_one_picture_is_an_animation_too(tmp_path, kind):
-    write_animation(tmp_path / f"a.{kind}", [np.full((32, 40, 3), 99, np.uint8)])
+    write_animation(tmp_path / f"a.{kind}", [np.full((32, 40, 3), 99, np.uint8)], "made by a test")
     shown = imageio.v3.imread(tmp_path / f"a.{kind}", index=...)
     assert len(shown) == (7 if kind == "mp4" else 1)  # whose pictures all take as long
     assert np.abs(shown.astype(int) - 99).max() <= 3
