@@ -287,9 +287,7 @@ def write_index(path: Path, title: str, cards: list[Card], of: int) -> None:
 
 def check_index(path: Path) -> None:
     """Raise UserError if something is there that is no page of a folder, or cannot be read."""
-    if path.exists() and not (
-        path.is_file() and os.access(path, os.R_OK) and INDEX in path.read_text("utf-8", "replace")
-    ):
+    if path.exists() and not (os.access(path, os.R_OK) and INDEX in path.read_text("utf-8", "replace")):
         raise UserError(f"'{path}' is there, and no page of a folder's photos; move it, or choose another name")
 
 

@@ -441,6 +441,14 @@ def test_a_page_that_is_not_of_a_folder_is_not_written_over(photos, tmp_path, ca
     assert [entry.name for entry in path.parent.iterdir()] == ["all.html"]
 
 
+def test_a_page_that_cannot_be_read_is_not_written_over(tmp_path, monkeypatch):
+    (tmp_path / "all.html").write_text(report.INDEX)
+    report.check_index(tmp_path / "all.html")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
+    with pytest.raises(deepstyle.UserError, match="no page of a folder's photos"):
+        report.check_index(tmp_path / "all.html")
+
+
 def test_a_folders_page_in_a_browser(photos, tmp_path, browser):
     assert run(photos, tmp_path / "out", "--report", "all.html", "--num_iter", 1) == 1
     path = tmp_path / "out" / "all.html"
