@@ -56,6 +56,8 @@ def in_words(error: Exception, debug: bool) -> str:
     """What went wrong, in one line; with `debug` its traceback is shown as well."""
     if debug:
         traceback.print_exception(error)
+    if isinstance(error, MemoryError):
+        return f"memory ran out{f': {error}' if str(error) else ''}; a lower --image_size or --max_memory needs less"
     message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}; --debug shows where"
     return " ".join(message.split())
 
