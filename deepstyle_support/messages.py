@@ -67,13 +67,18 @@ def in_words(error: Exception, debug: bool) -> str:
     """What went wrong, in one line; with `debug` its traceback is shown as well."""
     if debug:
         traceback.print_exception(error, file=cast(TextIO, Stream("stderr")))
-    return reason(error) + ("" if isinstance(error, UserError) else "; --debug shows where")
+    known = isinstance(error, UserError | MemoryError)
+    return reason(error) + ("" if known else "; --debug shows where")
 
 
 def reason(error: BaseException) -> str:
     """What went wrong, in one line."""
-    words = [str(error)] if isinstance(error, UserError) else [type(error).__name__, str(error)]
-    return ": ".join(" ".join(part.split()) for part in words if part)
+    said = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return said
+    if isinstance(error, MemoryError):
+        return f"memory ran out{f': {said}' if said else ''}; a lower --image_size or --max_memory needs less"
+    return ": ".join(part for part in (type(error).__name__, said) if part)
 
 
 def tell(message: str) -> None:

@@ -23,6 +23,7 @@ from deepstyle_support import limits, memory
 from deepstyle_support.backend import import_keras
 from deepstyle_support.device import Memory
 from deepstyle_support.memory import Held, free_memory, needed_memory, smaller_tile
+from deepstyle_support.messages import in_words
 from deepstyle_support.vgg import halo
 
 GB = 10**9
@@ -181,11 +182,11 @@ def test_what_a_ulimit_leaves_is_less_what_is_taken_and_what_the_backend_reserve
     assert limits.left_by_ulimits() == {}
     under(monkeypatch, v=9, d=7)
     monkeypatch.setitem(sys.modules, "keras", None)  # it is loaded
-    assert limits.left_by_ulimits() == {"ulimit -v": 8 * GB, "ulimit -d": 6.5 * GB}
+    assert limits.left_by_ulimits() == pytest.approx({"ulimit -v": 8 * GB / 1.15, "ulimit -d": 6.5 * GB / 1.15})
     monkeypatch.delitem(sys.modules, "keras")
     left = limits.left_by_ulimits()
-    assert left["ulimit -v"] == pytest.approx(8 * GB - 1.45e9 - cores * 0.12e9)
-    assert left["ulimit -d"] == pytest.approx(6.5 * GB + 0.1e9 - cores * 0.03e9)
+    assert left["ulimit -v"] == pytest.approx((8 * GB - 1.45e9 - cores * 0.12e9) / 1.15)
+    assert left["ulimit -d"] == pytest.approx((6.5 * GB + 0.1e9 - cores * 0.03e9) / 1.15)
     under(monkeypatch, v=1.5)
     assert limits.left_by_ulimits() == {"ulimit -v": 0}
     assert free_memory(4) == (0, 0)
@@ -197,6 +198,11 @@ def test_a_refusal_names_the_ulimit_that_it_is_for(monkeypatch):
         under(monkeypatch, **limit)
         have(monkeypatch, min([2 * GB, *limits.left_by_ulimits().values()]) / GB)
         assert said in refused_with(pictures, Settings(image_size=9000))[0]
+
+
+@pytest.mark.parametrize(("error", "said"), [(MemoryError(), "ran out; a"), (MemoryError("9 MB"), "ran out: 9 MB; a")])
+def test_memory_that_runs_out_elsewhere_is_said_in_words(error, said):
+    assert in_words(error, debug=False) == f"memory {said} lower --image_size or --max_memory needs less"
 
 
 @pytest.mark.endurance
