@@ -123,7 +123,7 @@ ROWS = [
     ([*RUN, "--animation", "text.jpg/a.gif"], "cannot make the folder 'text.jpg'"),
     ([*RUN, "--log", "a.txt"], "--log is 'a.txt'; it must be a file whose name ends in .csv"),
     ([*RUN, "--tensorboard", "text.jpg"], "--tensorboard is 'text.jpg', which is a file; it must be a folder"),
-    ([*RUN, "--tensorboard", "text.jpg/events"], "cannot make the folder 'text.jpg'"),
+    ([*RUN, "--tensorboard", "text.jpg/events"], "cannot make the folder 'text.jpg/events': 'text.jpg' is a file"),
     (["good.gif", *RUN[1:], "--animation", "./good.gif"], "'good.gif' is an input, and would be written over"),
     (["--describe", "good.png"], "'good.png' does not say how it was made"),
     (["--describe"], "--describe: expected one argument"),

@@ -20,6 +20,7 @@ from deepstyle_support.device import LIBRARIES, Memory, cuda_memory, describe_de
 from deepstyle_support.limits import usable_cores
 from deepstyle_support.messages import UserError
 
+pytestmark = pytest.mark.xdist_group("device")  # whose processes are started once
 ROOT = Path(__file__).parent.parent
 BACKENDS = ["tensorflow", "jax", "torch"]
 GB = 10**9

@@ -128,7 +128,9 @@ def test_targets_are_computed_once_and_no_layer_below_the_need_is_built(untraine
 
 def test_what_is_no_picture_is_refused(untrained):
     content, style, _ = pictures(32, 32)
-    with pytest.raises(deepstyle.UserError, match=r"the style picture's shape is \(32, 32\); it must be \(H, W, 3\)"):
+    with pytest.raises(
+        deepstyle.UserError, match=r"the style picture's shape is \(32, 32\); it must be an array of uint8"
+    ):
         deepstyle.Objective(content, style[..., 0], weights=untrained)
 
 

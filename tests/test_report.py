@@ -106,7 +106,7 @@ def test_a_page_that_cannot_be_made_leaves_the_one_before(tmp_path):
 
 
 @pytest.mark.parametrize("there", ["report", "damaged", "none", "behind"])
-def test_a_resumed_run_goes_on_with_its_report(picture_files, tmp_path, there):
+def test_a_resumed_run_goes_on_with_its_report(full_network, picture_files, tmp_path, there):
     path = tmp_path / "a.html"
     flags = ["--report", path, "--every", 1 if there == "damaged" else 5]
     assert run(picture_files, tmp_path / "a", "--num_iter", 1, *flags) == 0
