@@ -19,6 +19,7 @@ MOST_TEXT = 2**24  # bytes of a text or a profile in a PNG, unpacked: a bomb has
 ADOBE_RGB = "R03"  # as the Design rule for Camera File system (DCF 2.0) marks it
 # Texts in a PNG by these names Pillow takes for its own notes of the picture.
 PILLOWS_NAMES = {"transparency", "interlace", "bbox", "icc_profile", "gamma", "default_image", "blend", "disposal"}
+PILLOWS_NAMES |= {"exif", "srgb", "xmp"}
 
 PNG_BEGINNING, PNG_PIXELS = b"\x89PNG\r\n\x1a\n", {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
 PNG_CLEAR_COLOUR = {0: 2, 2: 6}  # bytes of tRNS for greys and RGB; a palette's has one for each colour at most
@@ -35,6 +36,7 @@ def read_exif(file: Image.Image) -> tuple[bool, list[str]]:
     Cameras mark it so, without a profile: a colour space that is not sRGB, and in the interoperability that it is this.
     Some say 2 for the space, which EXIF does not know.
     """
+    read_behind_pixels(file)
     notes, said = [], file.info.get("exif")
     try:
         if said is not None:  # of a JPEG Pillow has tried it, and kept to itself that it failed
@@ -55,6 +57,7 @@ def read_exif(file: Image.Image) -> tuple[bool, list[str]]:
 
 def orientation_of(file: Image.Image) -> int:
     """How it has to be turned to be upright, from 1 to 8 as EXIF has it; 1, not at all, if it does not say."""
+    read_behind_pixels(file)
     try:
         value = file.getexif().get(ORIENTATION)
     except Exception:  # as above
@@ -62,6 +65,16 @@ def orientation_of(file: Image.Image) -> int:
     if value is None and isinstance(said := file.info.get("exif"), bytes):
         value = directory_in(said).get(ORIENTATION)
     return int(value) if value is not None and value in range(1, 9) else 1
+
+
+def read_behind_pixels(file: Image.Image) -> None:
+    """A PNG's EXIF may follow its pixels: asked for it, Pillow reads them, and what fails there is not the EXIF.
+
+    Raises what Pillow does, and ValueError as `refuse_confusion`.
+    """
+    if file.format == "PNG" and "exif" not in file.info:
+        file.load()
+        refuse_confusion(file)
 
 
 def directory_in(exif: bytes, *pointers: int) -> dict[int, int | bytes]:

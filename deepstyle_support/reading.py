@@ -275,7 +275,8 @@ def in_bands(
     levels: how a band of deep greys becomes one of 8 bits; alpha: what of a band is opaque, if Pillow does not know;
     to_colours: how a band's colours become sRGB.
     """
-    clear = alpha is not None or file.has_transparency_data
+    # A part is asked, since of an icon's palette Pillow itself knows nothing (ICNS), and fails.
+    clear = alpha is not None or cropped(file, slice(0, 1)).has_transparency_data
     picture = np.empty((file.height, file.width, 4 if clear else 3), np.uint8)
     for rows in bands(file.height, file.width):
         band = cropped(file, rows)

@@ -322,6 +322,22 @@ def test_adobe_rgb_as_cameras_mark_it(tmp_path):
             assert notes == ""
 
 
+UNUSABLE = {"bomb": chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**25))), "EXIF": chunk(b"tEXt", b"exif\0some text")}
+
+
+@pytest.mark.parametrize("text", UNUSABLE)
+@pytest.mark.parametrize("behind", [True, False])
+def test_the_exif_of_a_png_is_used_whatever_text_is_before_or_behind_it(tmp_path, text, behind):
+    turned = TURNED[:8] + b"\x02" + TURNED[9:22]  # a directory of two tags, to which the camera's is added
+    exif = turned + struct.pack("<HHII", 34665, 4, 1, 38) + bytes(4) + marked(65535, "R03", at=12)[26:]
+    upright = np.rot90(icc.in_srgb(PICTURE, "Adobe RGB"), -1)
+    for chunks in ([chunk(b"eXIf", exif), UNUSABLE[text]], [UNUSABLE[text], chunk(b"eXIf", exif)]):
+        data = png_with(after=chunks) if behind else png_with(*chunks)
+        picture, notes = read(tmp_path, data, as_it_is=False)
+        assert np.abs(picture - upright).max() <= 1.5
+        assert "damaged beside its picture" in notes
+
+
 def test_a_profile_says_more_than_a_cameras_mark(tmp_path):
     profile = zlib.compress(icc.rgb_profile("Display P3"))
     data = png_with(chunk(b"iCCP", b"P3\0\0" + profile), chunk(b"eXIf", marked(65535, "R03")))

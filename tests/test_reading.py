@@ -49,6 +49,13 @@ def test_what_is_srgb_is_not_changed_by_a_bit(tmp_path):
         assert notes == []
 
 
+def test_an_icon_with_a_palette_is_read(tmp_path):
+    levels = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("P")
+    levels.save(tmp_path / "a.icns")
+    picture, notes = deepstyle.read_picture(str(tmp_path / "a.icns"))
+    assert picture[0, 0].tolist() == [0, 0, 0] and picture[-1, -1].tolist() == [255, 255, 255] and notes == []
+
+
 def test_greys_of_8_and_16_bits_follow_their_curve(tmp_path):
     levels = np.arange(256, dtype=np.uint8)[None]
     expected = icc.srgb_encoded((levels / 255) ** 1.8)[..., None]
