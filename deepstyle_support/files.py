@@ -60,11 +60,12 @@ class Outputs(RunFiles):
     def expect(self, state: State, coarse: bool, picture: Callable[[], np.ndarray]) -> None:
         """Write the picture of the state that is gone on from at the end, if it is missing and none comes after it.
 
-        coarse: whether the state is of a size before the picture's own; picture: makes it, of the size of the last.
+        coarse: whether the state is of a size before the picture's own, so that the picture may be an older one's, if
+        the run was killed; picture: makes it, of the size of the last.
         """
         self._before = state, picture
         number = 0 if coarse else state.iteration + state.partial
-        if read_saved(self.picture_path(number)) is None and (number or coarse):
+        if coarse or (number and read_saved(self.picture_path(number)) is None):
             loss = float(state.losses[-1][0])
             self._unsaved = lambda: self._write_picture(number, picture(), loss, state.shaped_by, exact=False)
 
@@ -257,7 +258,8 @@ class Outputs(RunFiles):
             with advice_to_resume():
                 self._write_state(self._latest, learnt)
         state = self._latest or (self._before[0] if self._before else None)
-        if self.animation and self._frames and state and not is_shown(self.animation, self._record, state):
+        is_new = self._latest is not None
+        if self.animation and self._frames and state and (is_new or not is_shown(self.animation, self._record, state)):
             with advice_to_resume():
                 write_animation(real(self.animation), self._frames, about(self._record, state))
             paths.append(self.animation)
