@@ -233,6 +233,9 @@ def expect_folder(folder: Path) -> Path:
     nearest = folder
     while not os.path.lexists(nearest):
         nearest = nearest.parent
+    missing = folder.relative_to(nearest).parts
+    if ".." in missing:  # which leads nowhere from what is not there
+        raise UserError(f"cannot make the folder '{folder}': there is no '{nearest / missing[0]}'")
     if not nearest.is_dir():
         kind = f"a link that leads to '{real(nearest)}'" if nearest.is_symlink() else "a file"
         raise UserError(f"cannot make the folder '{folder}': '{nearest}' is {kind}")

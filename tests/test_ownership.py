@@ -74,6 +74,15 @@ def test_files_in_each_others_way_are_refused_in_any_spelling(tmp_path, monkeypa
     assert names(tmp_path) == before
 
 
+@pytest.mark.parametrize("prefix", ["new/../a", "./new/../a", "there/new/../../a", "new/../"])
+def test_a_path_back_from_a_folder_that_is_not_there_is_refused(tmp_path, monkeypatch, prefix):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("there")
+    with pytest.raises(UserError, match=r"cannot make the folder '.*\.\.': there is no '(there/)?new'"):
+        RunFiles(base_path(prefix)).check([], (32, 32))
+    RunFiles(base_path("there/../other/a")).check([], (32, 32))
+
+
 def test_a_prefix_below_a_log_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--log is .* where PREFIX needs another"):
         RunFiles(tmp_path / "x.csv" / "a", log=tmp_path / "x.csv").check([], (32, 32))
