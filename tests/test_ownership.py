@@ -177,6 +177,19 @@ def test_what_a_state_does_not_tell_is_known_by_its_path(tmp_path):
     files.check_extras_are_ours()
 
 
+def test_a_damaged_state_is_why_nobody_knows_whose_a_file_is(tmp_path):
+    (tmp_path / "a.csv").write_text(ROWS[2])
+    files = left(tmp_path / "a", Record(rows=ROWS, extras=[tmp_path / "a.csv"]))
+    files.log = tmp_path / "a.csv"
+    files.check_extras_are_ours()
+    files.state_path.write_bytes(files.state_path.read_bytes()[:500])
+    with pytest.raises(UserError, match=r"a_state.npz' is damaged, and cannot tell whether '.*a.csv' is of a run"):
+        files.check_extras_are_ours()
+    files.state_path.unlink()
+    with pytest.raises(UserError, match=r"a.csv' is there, and not of a run with this PREFIX"):
+        files.check_extras_are_ours()
+
+
 def test_files_that_cannot_be_moved_are_told_before_any_is(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
     record = Record(extras=[tmp_path / "logs" / "a.csv"])
