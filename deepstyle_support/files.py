@@ -191,9 +191,11 @@ class Outputs(RunFiles):
     def _paths_before(self, totals: dict[Size, int], state: State) -> dict[Key, Path]:
         """Where the pictures of the iterations up to `state` are, if they were saved; the last may be of a part."""
         paths: dict[Key, Path] = {}
+        # At a coarse size the optimiser may have ended before its time.
+        reached = dict(map(key_of, self._record.logged()))
         for size, total in totals.items():
             coarse = None if size == list(totals)[-1] else size
-            done = state.iteration + state.partial if size == state.size else total
+            done = state.iteration + state.partial if size == state.size else reached.get(size, total)
             paths |= {(size, number): self.picture_path(number, coarse) for number in range(1, done + 1)}
             if size == state.size:
                 break

@@ -198,8 +198,8 @@ class RunFiles:
             if any(real(one) not in ours for one in files_of(path)):
                 if self.record().is_damaged:
                     raise UserError(
-                        f"'{self.state_path}' is damaged, and cannot tell whether '{path}' is of a run with this PREFIX; "
-                        "move them, or choose another name"
+                        f"'{self.state_path}' is damaged, and cannot tell whether '{path}' is of a run with this "
+                        "PREFIX; move them, or choose another name"
                     )
                 raise UserError(
                     f"'{path}' is there, and not of a run with this PREFIX; move it, or choose another name"

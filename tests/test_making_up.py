@@ -191,6 +191,15 @@ def test_stopped_at_once_at_a_coarse_size_the_picture_so_far_is_there(picture_fi
     assert np.abs(np.asarray(Image.open(tmp_path / "a_at_iteration_0.png")) - before).max() <= 1
 
 
+def test_iterations_that_a_coarse_size_never_had_are_not_missed(picture_files, tmp_path, capfd):
+    nothing = [part for what in ("content", "style", "total_variation") for part in (f"--{what}_weight", "0")]
+    flags = [*COARSE, *nothing, "--animation", tmp_path / "a.gif", "--report", tmp_path / "a.html"]
+    assert run(picture_files, tmp_path / "a", *flags) == 0
+    assert (tmp_path / "a_at_32x42_iteration_1.png").exists()
+    assert run(picture_files, tmp_path / "a", *flags, "--resume") == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_the_picture_so_far_is_that_of_the_state_after_a_kill_too(picture_files, tmp_path, stopped_at):
     flags = [*COARSE, "--weights", "random"]
     stopped_at(9)
