@@ -32,7 +32,7 @@ from .profiles import png_tags
 from .provenance import read_made
 from .reading import read_picture
 from .records import Iteration, State
-from .report import Report, facts_of, read_report, report_of, taken_over
+from .report import MOST_PICTURES, Report, facts_of, read_report, report_of, taken_over, thinned
 from .state import Record, write_state
 
 Size = tuple[int, int]  # (rows, columns)
@@ -160,11 +160,13 @@ class Outputs(RunFiles):
         before: dict[Key, Path],
     ) -> None:
         """Go on with the report that is there, or begin one; its `facts` stay the same."""
-        readers = {key: functools.partial(self._picture_before, key, before) for key in before}
+        # Of many iterations a report shows some, and the others are not missing.
+        keys = thinned(list(before), MOST_PICTURES, [number for _, number in before])
+        readers = {key: functools.partial(self._picture_before, key, before) for key in keys}
         taken = taken_over(path, readers, state, self._record.logged()) if state else ([], {})
         self._report = report_of(real(path), facts, totals, start, taken)
         shown = {(one.size, one.number) for one in self._report.shown}
-        self._tell_missing("report", [saved for key, saved in before.items() if key not in shown])
+        self._tell_missing("report", [before[key] for key in keys if key not in shown])
         if state and not shows(path, state):
             self._report.write(is_exact(before[list(before)[-1]]))
             self._made_up.append(path)

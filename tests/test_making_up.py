@@ -140,6 +140,19 @@ def test_events_that_are_damaged_are_written_anew_from_there(picture_files, tmp_
     assert (iterations_in_events(damaged), iterations_in_events(again)) == (set(), {("", 1), ("", 2)})
 
 
+def test_of_many_iterations_those_that_a_report_does_not_show_are_not_missed(
+    picture_files, tmp_path, capfd, monkeypatch
+):
+    for module in ("files", "report"):
+        monkeypatch.setattr(f"deepstyle_support.{module}.MOST_PICTURES", 3)
+    flags = ["--report", tmp_path / "a.html", "--every", 9]
+    assert run(picture_files, tmp_path / "a", *flags, "--num_iter", 5) == 0
+    assert [one.number for one in read_report(tmp_path / "a.html")[0]] == [0, 2, 4, 5]
+    assert run(picture_files, tmp_path / "a", *flags, "--num_iter", 6, "--resume") == 0
+    assert [one.number for one in read_report(tmp_path / "a.html")[0]] == [0, 2, 4, 6]
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("length", [0, 300])
 def test_pictures_that_are_damaged_are_told_and_the_last_is_made_again(picture_files, tmp_path, capfd, length):
     assert run(picture_files, tmp_path / "a") == 0
