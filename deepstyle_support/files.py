@@ -32,7 +32,7 @@ from .profiles import png_tags
 from .provenance import read_made
 from .reading import read_picture
 from .records import Iteration, State
-from .report import Report, facts_of, read_report, report_of, taken_over
+from .report import MOST_PICTURES, Report, facts_of, read_report, report_of, taken_over, thinned
 from .state import Record, write_state
 
 Size = tuple[int, int]  # (rows, columns)
@@ -60,11 +60,12 @@ class Outputs(RunFiles):
     def expect(self, state: State, coarse: bool, picture: Callable[[], np.ndarray]) -> None:
         """Write the picture of the state that is gone on from at the end, if it is missing and none comes after it.
 
-        coarse: whether the state is of a size before the picture's own; picture: makes it, of the size of the last.
+        coarse: whether the state is of a size before the picture's own, so that the picture may be an older one's, if
+        the run was killed; picture: makes it, of the size of the last.
         """
         self._before = state, picture
         number = 0 if coarse else state.iteration + state.partial
-        if read_saved(self.picture_path(number)) is None and (number or coarse):
+        if coarse or (number and read_saved(self.picture_path(number)) is None):
             loss = float(state.losses[-1][0])
             self._unsaved = lambda: self._write_picture(number, picture(), loss, state.shaped_by, exact=False)
 
@@ -159,11 +160,13 @@ class Outputs(RunFiles):
         before: dict[Key, Path],
     ) -> None:
         """Go on with the report that is there, or begin one; its `facts` stay the same."""
-        readers = {key: functools.partial(self._picture_before, key, before) for key in before}
+        # Of many iterations a report shows some, and the others are not missing.
+        keys = thinned(list(before), MOST_PICTURES, [number for _, number in before])
+        readers = {key: functools.partial(self._picture_before, key, before) for key in keys}
         taken = taken_over(path, readers, state, self._record.logged()) if state else ([], {})
         self._report = report_of(real(path), facts, totals, start, taken)
         shown = {(one.size, one.number) for one in self._report.shown}
-        self._tell_missing("report", [saved for key, saved in before.items() if key not in shown])
+        self._tell_missing("report", [before[key] for key in keys if key not in shown])
         if state and not shows(path, state):
             self._report.write(is_exact(before[list(before)[-1]]))
             self._made_up.append(path)
@@ -190,9 +193,11 @@ class Outputs(RunFiles):
     def _paths_before(self, totals: dict[Size, int], state: State) -> dict[Key, Path]:
         """Where the pictures of the iterations up to `state` are, if they were saved; the last may be of a part."""
         paths: dict[Key, Path] = {}
+        # At a coarse size the optimiser may have ended before its time.
+        reached = dict(map(key_of, self._record.logged()))
         for size, total in totals.items():
             coarse = None if size == list(totals)[-1] else size
-            done = state.iteration + state.partial if size == state.size else total
+            done = state.iteration + state.partial if size == state.size else reached.get(size, total)
             paths |= {(size, number): self.picture_path(number, coarse) for number in range(1, done + 1)}
             if size == state.size:
                 break
@@ -257,7 +262,8 @@ class Outputs(RunFiles):
             with advice_to_resume():
                 self._write_state(self._latest, learnt)
         state = self._latest or (self._before[0] if self._before else None)
-        if self.animation and self._frames and state and not is_shown(self.animation, self._record, state):
+        is_new = self._latest is not None
+        if self.animation and self._frames and state and (is_new or not is_shown(self.animation, self._record, state)):
             with advice_to_resume():
                 write_animation(real(self.animation), self._frames, about(self._record, state))
             paths.append(self.animation)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from .locks import folder_for, lock_of
 from .messages import UserError, in_words, printable, tell
-from .ownership import remove_unfinished
+from .ownership import real, remove_unfinished
 from .reading import read_picture
 from .records import Ending
 from .report import THUMBNAIL, Card, check_index, encoded, title_of, write_index
@@ -116,10 +116,13 @@ class Batch:
     def owned(self, report: str | None) -> Iterator[str]:
         """Make the folder of the results, and let no other batch write there; `report` is the name of the page in it.
 
-        Yields what the person is to be told, if anything. Raises UserError if another batch writes there.
+        Yields what the person is to be told, if anything. Raises UserError if another batch writes there, or another
+        run the page.
         """
-        inside = self.results / "photos"
-        with folder_for(inside), lock_of(inside) as note:
+        inside, page = self.results / "photos", self.results / (report or "")
+        with folder_for(inside), lock_of(inside) as note, lock_of(page) if report else contextlib.nullcontext():
+            if report:
+                self.check_page(report)
             remove_unfinished(self.results, lambda path: path.name == report)
             yield note
 
@@ -169,7 +172,7 @@ class Batch:
         self._no_page = ""
         try:
             cards = [photo.card(report) for photo in self.photos if photo.ending or photo.failure]
-            write_index(self.results / report, title_of(folder, *styles), cards, len(self.photos))
+            write_index(real(self.results / report), title_of(folder, *styles), cards, len(self.photos))
         except Exception as error:
             self._no_page = in_words(error, self.debug)
 

@@ -89,7 +89,11 @@ def events_group(size: tuple[int, int]) -> str:
 
 
 def iterations_in_events(path: Path) -> set[tuple[str, int]]:
-    """The group, which is empty in full size, and the number of each iteration whose loss is in TensorBoard's file."""
+    """The group, which is empty in full size, and the number of each iteration whose loss is in TensorBoard's file.
+
+    What is behind a damaged event does not count: nobody can tell where the next one begins.
+    """
+    from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 
     found, data, at = set(), path.read_bytes(), 0
@@ -97,7 +101,10 @@ def iterations_in_events(path: Path) -> set[tuple[str, int]]:
         end = at + 12 + struct.unpack_from("<Q", data, at)[0]
         if end > len(data):  # a killed run was writing it
             break
-        event = Event.FromString(data[at + 12 : end])
+        try:
+            event = Event.FromString(data[at + 12 : end])
+        except DecodeError:
+            break
         tags = [value.tag for value in event.summary.value if re.fullmatch(r"(\d+x\d+/)?loss", value.tag)]
         found |= {(tag.removesuffix("loss"), event.step) for tag in tags}
         at = end + 4

@@ -196,6 +196,11 @@ class RunFiles:
         ours = self._extras_before()
         for path in self.extras.values():
             if any(real(one) not in ours for one in files_of(path)):
+                if self.record().is_damaged:
+                    raise UserError(
+                        f"'{self.state_path}' is damaged, and cannot tell whether '{path}' is of a run with this "
+                        "PREFIX; move them, or choose another name"
+                    )
                 raise UserError(
                     f"'{path}' is there, and not of a run with this PREFIX; move it, or choose another name"
                 )
@@ -233,6 +238,9 @@ def expect_folder(folder: Path) -> Path:
     nearest = folder
     while not os.path.lexists(nearest):
         nearest = nearest.parent
+    missing = folder.relative_to(nearest).parts
+    if ".." in missing:  # which leads nowhere from what is not there
+        raise UserError(f"cannot make the folder '{folder}': there is no '{nearest / missing[0]}'")
     if not nearest.is_dir():
         kind = f"a link that leads to '{real(nearest)}'" if nearest.is_symlink() else "a file"
         raise UserError(f"cannot make the folder '{folder}': '{nearest}' is {kind}")

@@ -226,7 +226,7 @@ def held_for_report(size: Size, pictures: int) -> int:
 def thinned(items: list, most: int, numbers: list[int]) -> list:
     """At most about so many of the items, evenly spaced by their numbers, and the last one."""
     step = 1
-    while max(numbers) // step > most:
+    while max(numbers, default=0) // step > most:
         step *= 2
     return [one for one, number in zip(items, numbers, strict=True) if number % step == 0 or one is items[-1]]
 

@@ -26,6 +26,7 @@ class Record:
     run: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16))  # stands in its report and animation
     extras: list[Path] | None = dataclasses.field(default_factory=list)  # None: 0.2.0 did not say it
     rows: list[str] = dataclasses.field(default_factory=list)  # of a log: its header, then each that there ever was
+    is_damaged: bool = False  # the state, which so says nothing
 
     def wrote(self, path: Path) -> bool:
         """Whether what is there now is this run's, and not what somebody has put in its place.
@@ -62,7 +63,7 @@ def read_record(path: Path, base: Path) -> Record:
             run = str(file["run"]) if "run" in file else ""
             return Record(run, extras, file["log"].tobytes().decode().splitlines() if "log" in file else [])
     except Exception:  # np.load and zipfile raise almost anything
-        return Record(run="")
+        return Record(run="", is_damaged=path.exists())
 
 
 def write_state(path: Path, base: Path, state: State, record: Record, learnt: Curvature | None = None) -> None:

@@ -236,6 +236,28 @@ def test_of_two_runs_at_once_the_second_is_told(photos, tmp_path, capsys):
     assert (tmp_path / "out" / "b c.png" / LAST).exists()
 
 
+def test_a_page_that_another_run_writes_is_left_alone(photos, tmp_path, capsys, monkeypatch):
+    page = tmp_path / "out" / "a.html"
+    page.parent.mkdir()
+    with locks.lock_of(page):
+        assert paint(photos, "--report", "a.html") == 2
+    assert f"another run is writing '{page}'" in capsys.readouterr().err
+    # One that came, and went, while the network was loaded.
+    load = deepstyle.load_weights
+    monkeypatch.setattr(deepstyle, "load_weights", lambda *given: [load(*given), page.write_text("a run's")][0])
+    assert paint(photos, "--report", "a.html") == 2
+    assert f"'{page}' is there, and no page of a folder's photos" in capsys.readouterr().err
+    assert names(tmp_path / "out") == ["a.html"]
+
+
+def test_a_page_goes_where_a_link_leads(photos, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.html").symlink_to("../shown.html")
+    assert paint(photos, "--num_iter", "1", "--report", "a.html") == 0
+    assert (tmp_path / "out" / "a.html").is_symlink()
+    assert "a folder" in (tmp_path / "shown.html").read_text()
+
+
 def test_a_signal_ends_the_batch_and_resume_goes_on_within_the_photo(photos, tmp_path):
     command = [photos, tmp_path / "style.png", tmp_path / "out", *SMALL, "--image_size", "40", "--num_iter"]
     run = forked.start(*command, "100000")

@@ -127,6 +127,32 @@ def test_an_animation_that_found_no_room_is_made_on_resume(picture_files, tmp_pa
     assert Image.open(tmp_path / "a.webp").n_frames == 3
 
 
+def test_events_that_are_damaged_are_written_anew_from_there(picture_files, tmp_path):
+    flags = ["--tensorboard", tmp_path / "events"]
+    assert run(picture_files, tmp_path / "a", *flags) == 0
+    (damaged,) = (tmp_path / "events").iterdir()
+    data = bytearray(damaged.read_bytes())
+    at = data.index(b"loss")  # in the first iteration's event
+    data[at - 10 : at + 10] = b"\xff" * 20
+    damaged.write_bytes(data)
+    assert run(picture_files, tmp_path / "a", *flags, "--resume") == 0
+    (again,) = {*(tmp_path / "events").iterdir()} - {damaged}
+    assert (iterations_in_events(damaged), iterations_in_events(again)) == (set(), {("", 1), ("", 2)})
+
+
+def test_of_many_iterations_those_that_a_report_does_not_show_are_not_missed(
+    picture_files, tmp_path, capfd, monkeypatch
+):
+    for module in ("files", "report"):
+        monkeypatch.setattr(f"deepstyle_support.{module}.MOST_PICTURES", 3)
+    flags = ["--report", tmp_path / "a.html", "--every", 9]
+    assert run(picture_files, tmp_path / "a", *flags, "--num_iter", 5) == 0
+    assert [one.number for one in read_report(tmp_path / "a.html")[0]] == [0, 2, 4, 5]
+    assert run(picture_files, tmp_path / "a", *flags, "--num_iter", 6, "--resume") == 0
+    assert [one.number for one in read_report(tmp_path / "a.html")[0]] == [0, 2, 4, 6]
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("length", [0, 300])
 def test_pictures_that_are_damaged_are_told_and_the_last_is_made_again(picture_files, tmp_path, capfd, length):
     assert run(picture_files, tmp_path / "a") == 0
@@ -175,6 +201,29 @@ def test_stopped_at_once_at_a_coarse_size_the_picture_so_far_is_there(picture_fi
     stopped_at(1)
     assert run(picture_files, tmp_path / "a", *flags, "--resume") == 130
     assert "stopped before anything new was found; the picture so far is saved, and" in capfd.readouterr().err
+    assert np.abs(np.asarray(Image.open(tmp_path / "a_at_iteration_0.png")) - before).max() <= 1
+
+
+def test_iterations_that_a_coarse_size_never_had_are_not_missed(picture_files, tmp_path, capfd):
+    nothing = [part for what in ("content", "style", "total_variation") for part in (f"--{what}_weight", "0")]
+    flags = [*COARSE, *nothing, "--animation", tmp_path / "a.gif", "--report", tmp_path / "a.html"]
+    assert run(picture_files, tmp_path / "a", *flags) == 0
+    assert (tmp_path / "a_at_32x42_iteration_1.png").exists()
+    assert run(picture_files, tmp_path / "a", *flags, "--resume") == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_the_picture_so_far_is_that_of_the_state_after_a_kill_too(picture_files, tmp_path, stopped_at):
+    flags = [*COARSE, "--weights", "random"]
+    stopped_at(9)
+    assert run(picture_files, tmp_path / "a", *flags) == 130
+    older = (tmp_path / "a_at_iteration_0.png").read_bytes()
+    stopped_at(30)
+    assert run(picture_files, tmp_path / "a", *flags, "--resume") == 130
+    before = np.asarray(Image.open(tmp_path / "a_at_iteration_0.png")).astype(int)
+    (tmp_path / "a_at_iteration_0.png").write_bytes(older)  # as if it had been killed
+    stopped_at(1)
+    assert run(picture_files, tmp_path / "a", *flags, "--resume") == 130
     assert np.abs(np.asarray(Image.open(tmp_path / "a_at_iteration_0.png")) - before).max() <= 1
 
 
@@ -242,3 +291,10 @@ def test_an_earlier_versions_animation_stays_as_it_is(picture_files, tmp_path):
     as_by_an_earlier_version(tmp_path / "a_state.npz")
     assert run(picture_files, tmp_path / "a", "--animation", tmp_path / "a.gif", "--resume") == 0
     assert Image.open(tmp_path / "a.gif").n_frames == 3  # of which one picture was not saved
+
+
+def test_an_earlier_versions_animation_is_gone_on_with(picture_files, tmp_path):
+    assert run(picture_files, tmp_path / "a", "--animation", tmp_path / "a.gif") == 0
+    as_by_an_earlier_version(tmp_path / "a_state.npz")
+    assert run(picture_files, tmp_path / "a", "--animation", tmp_path / "a.gif", "--resume", "--num_iter", 3) == 0
+    assert Image.open(tmp_path / "a.gif").n_frames == 4

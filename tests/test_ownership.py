@@ -74,6 +74,15 @@ def test_files_in_each_others_way_are_refused_in_any_spelling(tmp_path, monkeypa
     assert names(tmp_path) == before
 
 
+@pytest.mark.parametrize("prefix", ["new/../a", "./new/../a", "there/new/../../a", "new/../"])
+def test_a_path_back_from_a_folder_that_is_not_there_is_refused(tmp_path, monkeypatch, prefix):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("there")
+    with pytest.raises(UserError, match=r"cannot make the folder '.*\.\.': there is no '(there/)?new'"):
+        RunFiles(base_path(prefix)).check([], (32, 32))
+    RunFiles(base_path("there/../other/a")).check([], (32, 32))
+
+
 def test_a_prefix_below_a_log_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--log is .* where PREFIX needs another"):
         RunFiles(tmp_path / "x.csv" / "a", log=tmp_path / "x.csv").check([], (32, 32))
@@ -166,6 +175,19 @@ def test_what_a_state_does_not_tell_is_known_by_its_path(tmp_path):
     files = left(tmp_path / "a", Record(run="", extras=[tmp_path / "a.csv"]))
     files.log = tmp_path / "a.csv"
     files.check_extras_are_ours()
+
+
+def test_a_damaged_state_is_why_nobody_knows_whose_a_file_is(tmp_path):
+    (tmp_path / "a.csv").write_text(ROWS[2])
+    files = left(tmp_path / "a", Record(rows=ROWS, extras=[tmp_path / "a.csv"]))
+    files.log = tmp_path / "a.csv"
+    files.check_extras_are_ours()
+    files.state_path.write_bytes(files.state_path.read_bytes()[:500])
+    with pytest.raises(UserError, match=r"a_state.npz' is damaged, and cannot tell whether '.*a.csv' is of a run"):
+        files.check_extras_are_ours()
+    files.state_path.unlink()
+    with pytest.raises(UserError, match=r"a.csv' is there, and not of a run with this PREFIX"):
+        files.check_extras_are_ours()
 
 
 def test_files_that_cannot_be_moved_are_told_before_any_is(tmp_path, monkeypatch):
