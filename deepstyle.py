@@ -45,6 +45,7 @@ try:
     from deepstyle_support.device import describe_device
     from deepstyle_support.files import Outputs, outputs_of
     from deepstyle_support.folder import Batch, Photo, arguments_for, folders_in, photos_in
+    from deepstyle_support.inputs import input_paths, read_beside, read_inputs, read_start
     from deepstyle_support.lbfgs import Curvature, device_lbfgs, kept_bytes
     from deepstyle_support.memory import (
         MOST_CORRECTIONS,
@@ -77,7 +78,8 @@ try:
         with_colours_of,
     )
     from deepstyle_support.provenance import description
-    from deepstyle_support.reading import read_picture, shape_of
+    from deepstyle_support.reading import read_picture as read_picture
+    from deepstyle_support.reading import shape_of
     from deepstyle_support.records import Ending, Iteration, State
     from deepstyle_support.report import held_for_report
     from deepstyle_support.reuse import Reuse
@@ -94,7 +96,7 @@ try:
         where_it_goes_on,
         without_warnings,
     )
-    from deepstyle_support.transparency import alpha_of, filled, laid_on, with_alpha_of
+    from deepstyle_support.transparency import alpha_of, filled, with_alpha_of
     from deepstyle_support.values import ON_OFF, like_default, name_of, value_of
     from deepstyle_support.vgg import CHANNELS, halo, layer_name, stride
     from deepstyle_support.weights import Weights, load_weights, trunk_digest
@@ -1006,18 +1008,6 @@ def stylize(
     return (iteration for iteration in paint(pictures, settings, weights, plan) if not iteration.coarse)
 
 
-def read_start(
-    settings: Settings, read: Callable[[str], np.ndarray] = lambda path: read_picture(path)[0]
-) -> np.ndarray | None:
-    """The picture that --init_image names. Raises UserError if it is none, nor one of the words that it takes."""
-    known = ("content", "recolored", "noise", "gray")
-    if settings.init_image in known:
-        return None
-    if not os.path.exists(settings.init_image):
-        require_choice("--init_image", settings.init_image, (*known, "a picture's path"))
-    return laid_on(read(settings.init_image), settings.background)
-
-
 def check_agreement(pictures: Pictures, settings: Settings) -> None:
     """Raise UserError if the pictures and the settings do not go together."""
     weights_of_styles(settings, len(pictures.styles))
@@ -1569,46 +1559,6 @@ def how_it_is_made(
         "device": device,
         "computed with": computed_with(backend, __version__),
     }
-
-
-def input_paths(arguments: argparse.Namespace, settings: Settings) -> list[str]:
-    """All files that are read, as they were given."""
-    masks = [*arguments.style_masks, arguments.content_mask, arguments.color_mask]
-    paths = [arguments.content, *arguments.style, *masks, settings.weights, settings.init_image]
-    return [path for path in paths if path]
-
-
-def read_inputs(arguments: argparse.Namespace, settings: Settings, beside: dict[str, Any] | None = None) -> Pictures:
-    """All pictures that are named. Raises UserError if one cannot be read.
-
-    beside: what `read_beside` returned, if all but the content have been read.
-    """
-    content = laid_on(read_named(arguments.content, arguments), settings.background)
-    return Pictures(content, **(read_beside(arguments, settings) if beside is None else beside))
-
-
-def read_beside(arguments: argparse.Namespace, settings: Settings) -> dict[str, Any]:
-    """All pictures but the content, by their names in Pictures. Raises UserError if one cannot be read."""
-    read = functools.partial(read_named, arguments=arguments)
-    read_mask = functools.partial(read, as_mask=True)
-    beside: dict[str, Any] = {
-        "styles": tuple(laid_on(read(path), settings.background) for path in arguments.style),
-        "style_masks": tuple(map(read_mask, arguments.style_masks)),
-        "content_mask": None if arguments.content_mask is None else read_mask(arguments.content_mask),
-        "color_mask": None if arguments.color_mask is None else read_mask(arguments.color_mask),
-        "start": read_start(settings, read),
-    }
-    if len(arguments.style) > len(settings.style_weight) and not arguments.quiet:
-        tell(f"the --style_weight {words(settings.style_weight)} is shared out among {len(arguments.style)} styles")
-    return beside
-
-
-def read_named(path: str, arguments: argparse.Namespace, as_mask: bool = False) -> np.ndarray:
-    """The picture; what is to be told of it is told."""
-    picture, notes = read_picture(path, arguments.allow_large, as_mask)
-    for note in notes if not arguments.quiet else []:
-        tell(f"'{path}' {note}")
-    return picture
 
 
 @without_warnings()

@@ -15,7 +15,7 @@ from conftest import SMALL, smooth_picture
 from PIL import Image
 
 import deepstyle
-from deepstyle_support import locks
+from deepstyle_support import inputs, locks
 from deepstyle_support.reading import read_picture, shape_of
 from deepstyle_support.reuse import Reuse
 
@@ -115,7 +115,8 @@ def test_network_and_style_are_made_ready_once(photos, tmp_path, monkeypatch):
     save(photos / "c.jpg", 4)  # of a.jpg's shape, so the style is shown in the same size
     made: dict[str, list] = {name: [] for name in ("load_weights", "on_device", "read_picture")}
     for name, calls in made.items():
-        monkeypatch.setattr(deepstyle, name, noting(calls, getattr(deepstyle, name)))
+        module = inputs if name == "read_picture" else deepstyle
+        monkeypatch.setattr(module, name, noting(calls, getattr(module, name)))
     shown = []
     grams = deepstyle.Objective._grams
     monkeypatch.setattr(deepstyle.Objective, "_grams", lambda *given: shown.append(given[2].shape) or grams(*given))
