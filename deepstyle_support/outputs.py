@@ -93,7 +93,6 @@ def iterations_in_events(path: Path) -> set[tuple[str, int]]:
 
     What is behind a damaged event does not count: nobody can tell where the next one begins.
     """
-    from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 
     found, data, at = set(), path.read_bytes(), 0
@@ -103,7 +102,7 @@ def iterations_in_events(path: Path) -> set[tuple[str, int]]:
             break
         try:
             event = Event.FromString(data[at + 12 : end])
-        except DecodeError:
+        except Exception:  # DecodeError, of a package that TensorBoard brings
             break
         tags = [value.tag for value in event.summary.value if re.fullmatch(r"(\d+x\d+/)?loss", value.tag)]
         found |= {(tag.removesuffix("loss"), event.step) for tag in tags}
