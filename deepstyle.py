@@ -59,7 +59,17 @@ try:
         plan_or_advice,
         smaller_tile,
     )
-    from deepstyle_support.messages import Stream, UserError, answer, in_words, printable, require_choice, tell, words
+    from deepstyle_support.messages import (
+        Stream,
+        UserError,
+        answer,
+        counted,
+        in_words,
+        printable,
+        require_choice,
+        tell,
+        words,
+    )
     from deepstyle_support.ownership import base_path
     from deepstyle_support.pictures import (
         MEAN_BGR,
@@ -100,6 +110,11 @@ try:
     from deepstyle_support.values import ON_OFF, like_default, name_of, value_of
     from deepstyle_support.vgg import CHANNELS, halo, layer_name, stride
     from deepstyle_support.weights import Weights, load_weights, trunk_digest
+except KeyboardInterrupt:
+    if __name__ != "__main__":
+        raise
+    sys.stderr.write("deepstyle: interrupted before the painting began\n")
+    sys.exit(130)
 except ModuleNotFoundError as missing:
     if __name__ != "__main__":
         raise
@@ -1497,7 +1512,7 @@ def run_folder(arguments: argparse.Namespace, settings: Settings) -> int:
     if not batch.left():
         return batch.end()
     weights, source = load_weights(settings.weights, settings.seed, settings.model, arguments.quiet)
-    batch.show(f"painting {len(batch.left())} photos on {describe_device()}; {source}")
+    batch.show(f"painting {counted(len(batch.left()), 'photo')} on {describe_device()}; {source}")
     with signals_as_wishes() as received, batch.owned(arguments.report) as note:
         if note and not arguments.quiet:
             tell(note)

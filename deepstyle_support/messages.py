@@ -110,6 +110,11 @@ def words(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
+def counted(number: int, thing: str) -> str:
+    """So many of a thing, in words: 1 file, 2 files."""
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 def require_choice(flag: str, value: object, choices: Collection[object]) -> None:
     """Raise UserError, naming the nearest valid value, unless `value` is one of `choices`."""
     names = [str(choice) for choice in choices]

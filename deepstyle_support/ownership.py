@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .locks import folder_for, lock_file, lock_of
-from .messages import UserError
+from .messages import UserError, counted
 from .outputs import MOST_A_SIDE, check_animation
 from .state import EVENTS, Record, read_record
 
@@ -224,13 +224,13 @@ class RunFiles:
             if overwrite:
                 for path in earlier:
                     path.unlink()
-                return f"replacing the {len(earlier)} files of an earlier run"
+                return f"replacing {counted(len(earlier), 'file')} of an earlier run"
             folder.mkdir()
             for path in earlier:
                 shutil.move(path, free_name(folder, path.name))
         except OSError as error:
             raise UserError(f"cannot move or remove '{path}': {error.strerror or error}", status=1) from error
-        return f"moved the {len(earlier)} files of an earlier run to {folder}"
+        return f"moved {counted(len(earlier), 'file')} of an earlier run to {folder}"
 
 
 def expect_folder(folder: Path) -> Path:

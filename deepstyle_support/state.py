@@ -103,7 +103,7 @@ def read_state(path: Path, shaped_by: dict[str, str], defaults: dict[str, str]) 
             learnt = functools.partial(read_learnt, path) if is_there else lambda: None
             state = State(file["x"], losses, shapes, evaluations, partial, way, learnt)
     except Exception as error:  # np.load and zipfile raise almost anything on a damaged file
-        raise UserError(f"'{path}' is no state of a run: {error}; without --resume the run starts anew") from error
+        raise UserError(f"'{path}' is no state of a run, or damaged; without --resume the run starts anew") from error
     # A flag that the state does not know is newer than the state, which was made as its default makes it. A start
     # picture is known by its digest, and not by its path, which 0.2.0 wrote as well.
     absent = defaults | {"--init_image": state.shaped_by.get("--init_image", defaults["--init_image"])}

@@ -78,7 +78,7 @@ def test_same_command_twice_moves_the_earlier_run_aside(picture_files, tmp_path,
     assert names(out / "a_earlier_1") == names(out / "a_earlier_2") == first
     with np.load(out / "a_earlier_1" / "a_state.npz") as state:
         assert json.loads(str(state["shaped_by"]))["--seed"] == "0"
-    assert capfd.readouterr().out.count("moved the 2 files of an earlier run to ") == 2
+    assert capfd.readouterr().out.count("moved 2 files of an earlier run to ") == 2
 
 
 def test_only_files_of_the_same_prefix_are_moved(picture_files, tmp_path):

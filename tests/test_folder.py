@@ -221,7 +221,7 @@ def test_a_second_run_moves_each_photos_pictures_aside_or_replaces_them(photos, 
             f"result_image_at_iteration_{n}.png" for n in (1, 2)
         ] + ["result_image_state.npz"]
         assert len(names(tmp_path / "out" / name)) == 4
-    assert capsys.readouterr().out.count("replacing the 3 files") == 2
+    assert capsys.readouterr().out.count("replacing 3 files") == 2
 
 
 def test_of_two_runs_at_once_the_second_is_told(photos, tmp_path, capsys):

@@ -568,3 +568,11 @@ def test_a_stop_before_the_painting_touches_nothing(heeded, picture_files, tmp_p
     assert deepstyle.main([*picture_files, str(tmp_path / "a"), *FULL], run_one=run) == 143
     assert capfd.readouterr().err == "deepstyle: stopped before the painting began\n"
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_ctrl_c_while_the_program_is_loaded_is_one_line(picture_files, tmp_path):
+    script = "raise KeyboardInterrupt"
+    (tmp_path / "numpy.py").write_text(script)  # as if it came while NumPy is imported
+    run = forked.cold_start(*picture_files, "a", cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert run.communicate(timeout=60) == ("", "deepstyle: interrupted before the painting began\n")
+    assert run.returncode == 130

@@ -143,7 +143,7 @@ def test_two_files_of_one_name_are_moved_aside_beside_each_other(tmp_path):
         (tmp_path / folder).mkdir()
         record.extras.append(tmp_path / folder / "log.csv")
         record.extras[-1].write_text(f"{folder}\n{ROWS[2]}\n")
-    assert "moved the 3 files" in left(tmp_path / "a", record).clear_the_way(overwrite=False)
+    assert "moved 3 files" in left(tmp_path / "a", record).clear_the_way(overwrite=False)
     moved = tmp_path / "a_earlier_1"
     assert names(moved) == ["a_state.npz", "log.csv", "log_2.csv"]
     assert [(moved / name).read_text()[:3] for name in ("log.csv", "log_2.csv")] == ["one", "two"]
