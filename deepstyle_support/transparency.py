@@ -34,9 +34,10 @@ def clear_colour(file: ImageFile.ImageFile) -> Callable[[np.ndarray, slice], np.
         most = 2 ** OPAQUE_BUT[rawmode] - 1  # bits beyond do not count
         eight = (np.atleast_1d(colour) & most) * (255 // most)
         file.info["transparency"] = tuple(eight.tolist()) if isinstance(colour, tuple) else int(eight[0])
-    if file.mode.startswith("I"):
+    # Of 1 bit only later versions of Pillow make use of it.
+    if isinstance(colour, int) and (file.mode.startswith("I") or file.mode == "1"):
         del file.info["transparency"]
-        return lambda band, rows: alpha_where(band == colour)
+        return lambda band, rows: alpha_where(band == (colour & 1 if file.mode == "1" else colour))
     if rawmode != "RGB;16B":
         return None
     del file.info["transparency"]

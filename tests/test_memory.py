@@ -210,15 +210,16 @@ def test_memory_that_runs_out_elsewhere_is_said_in_words(error, said):
 def test_a_run_under_a_ulimit_is_painted_or_refused_and_dies_of_nothing(picture_files, tmp_path):
     command = [sys.executable, deepstyle.__file__, *picture_files, str(tmp_path / "a"), "--weights", "random"]
     ends = []
-    for size, gigabytes in itertools.product((64, 700), (0.5, 1.2, 1.8, 2.4, 3, 3.6, 4.5, 6)):
+    most = (0.5, 1.8, 2.4, 3, 4, 6)
+    for size, gigabytes in itertools.product((64, 300), most):
         flags = ["--image_size", str(size), "--num_iter", "1", "--overwrite"]
         limit = lambda most=int(gigabytes * GB): resource.setrlimit(resource.RLIMIT_AS, (most, most))  # noqa: E731
         ended = subprocess.run([*command, *flags], preexec_fn=limit, capture_output=True, text=True)
         ends.append(ended.returncode)
         if ended.returncode:
             assert re.fullmatch(r"deepstyle: error: .* are free under 'ulimit -v'.*\n", ended.stderr), ended.stderr
-    assert ends == sorted(ends[:8], reverse=True) + sorted(ends[8:], reverse=True)
-    assert ends.count(0) >= 6
+    assert ends == sorted(ends[: len(most)], reverse=True) + sorted(ends[len(most) :], reverse=True)
+    assert ends.count(0) >= 4
 
 
 @pytest.mark.usefixtures("full_network")
