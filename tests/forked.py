@@ -51,25 +51,19 @@ class Lines:
 class Process:
     """A forked command, with as much of subprocess.Popen as tests need.
 
-    ignored: signals, as by nohup; closed: descriptors, as by 2>&-; code: what to run instead of deepstyle.py; terminal:
-    a descriptor that is its stdout and stderr instead of pipes.
+    terminal: a descriptor that is its stdout and stderr instead of pipes. asked: `ignored` signals, as by nohup; `closed`
+    descriptors, as by 2>&-; `code` to run instead of deepstyle.py.
     """
 
-    def __init__(
-        self, arguments, *, cwd=None, env=None, ignored=(), closed=(), own_session=False, code=None, terminal=None
-    ):
+    def __init__(self, arguments, *, cwd=None, env=None, terminal=None, **asked):
         self.returncode, self._said = None, [b"", b""]
         out, err = os.pipe(), os.pipe()
         self._ends = [out[0], err[0]]
         self._server, theirs = socket.socketpair()
-        asked = {
+        asked |= {
             "arguments": [os.fsencode(str(one)).decode("latin-1") for one in arguments],
             "cwd": os.fsencode(cwd or os.getcwd()).decode("latin-1"),
             "env": dict(os.environ if env is None else env),
-            "ignored": [int(number) for number in ignored],
-            "closed": closed,
-            "own_session": own_session,
-            "code": code,
         }
         # One of the ends of a pair of sockets goes with what is asked: over the other the server says how it ended.
         outs = [out[1], err[1]] if terminal is None else [terminal, terminal]
@@ -209,21 +203,19 @@ def serve(asking):
 
 def become(asked, given):
     """Be the command: this forked process ends as `python deepstyle.py` would."""
-    if asked["own_session"]:
-        os.setsid()
     for number, descriptor in enumerate(given, 1):
         os.dup2(descriptor, number)
         os.close(descriptor)
     # As a shell starts it, whatever the tests were started with: nohup, say, is inherited.
     for number, usual in USUAL.items():
-        signal.signal(number, signal.SIG_IGN if number in asked["ignored"] else usual)
-    for number in asked["closed"]:
+        signal.signal(number, signal.SIG_IGN if number in asked.get("ignored", ()) else usual)
+    for number in asked.get("closed", ()):
         os.close(number)
     os.chdir(asked["cwd"].encode("latin-1"))
     os.environ.clear()
     os.environ.update(asked["env"])
     sys.argv = [str(SCRIPT), *(os.fsdecode(one.encode("latin-1")) for one in asked["arguments"])]
-    if asked["code"]:
+    if "code" in asked:
         exec(compile(asked["code"], "<code>", "exec"), {"__name__": "__main__"})
         sys.exit()
     runpy.run_path(str(SCRIPT), run_name="__main__")
