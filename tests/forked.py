@@ -51,8 +51,8 @@ class Lines:
 class Process:
     """A forked command, with as much of subprocess.Popen as tests need.
 
-    terminal: a descriptor that is its stdout and stderr instead of pipes. asked: `ignored` signals, as by nohup; `closed`
-    descriptors, as by 2>&-; `code` to run instead of deepstyle.py.
+    terminal: a descriptor that is its stdout and stderr instead of pipes. asked: `ignored` signals, as by nohup;
+    `closed` descriptors, as by 2>&-; `code` to run instead of deepstyle.py.
     """
 
     def __init__(self, arguments, *, cwd=None, env=None, terminal=None, **asked):
