@@ -164,6 +164,33 @@ def test_free_memory_is_the_least_of_what_machine_cgroup_and_user_allow(monkeypa
     assert free_memory(2.5) == (2_500_000_000, 2.5e9)
 
 
+@pytest.mark.parametrize(
+    ("groups", "folder", "limit", "use", "cached"),
+    [
+        ("0::/jobs/7/task\n", "/sys/fs/cgroup/jobs", "max", "current", "inactive_file"),
+        (
+            "3:cpu:/\n4:memory:/jobs/7\n",
+            "/sys/fs/cgroup/memory/jobs",
+            "limit_in_bytes",
+            "usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_a_limit_of_a_cgroup_that_holds_ones_own_counts(monkeypatch, groups, folder, limit, use, cached):
+    files = {"/proc/self/cgroup": groups, f"{folder}/memory.{limit}": "3000", f"{folder}/memory.{use}": "900"}
+    files |= {f"{folder}/memory.stat": f"anon 1\n{cached} 400\n"}
+
+    def read_text(path):
+        if str(path) in files:
+            return files[str(path)]
+        raise FileNotFoundError
+
+    monkeypatch.setattr(limits.Path, "read_text", read_text)
+    assert limits.left_by_cgroups() == [2500]
+
+
 def under(monkeypatch, **most):
     """Let the ulimits of these names be so many gigabytes, and a process have 1 GB of addresses and 0.5 of data."""
     known = {psutil.RLIMIT_AS: most.get("v", -1), psutil.RLIMIT_DATA: most.get("d", -1)}

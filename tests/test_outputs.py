@@ -1,11 +1,13 @@
 """What a run leaves besides its pictures: their text, animations, logs. How colours are kept, what it begins with."""
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 import deepstyle
 from deepstyle import Pictures, Settings
 from deepstyle_support import ownership
-from deepstyle_support.outputs import write_animation
+from deepstyle_support.outputs import write_animation, write_log
 from deepstyle_support.pictures import colours, from_input_space, match_colours, resize, with_colours
 from deepstyle_support.provenance import command_again
 
@@ -174,6 +176,16 @@ def test_the_command_has_the_plan_that_was_made_and_not_the_memory_it_was_made_f
     assert "min_improvement" not in command_again(made, dataclasses.asdict(Settings()))  # it made no picture
 
 
+@pytest.mark.parametrize(
+    ("backend", "begins"),
+    [("tensorflow", "python deepstyle.py "), ("jax", "env KERAS_BACKEND=jax python deepstyle.py ")],
+)
+def test_the_command_names_a_backend_that_is_not_the_usual_one(picture_files, backend, begins):
+    arguments = deepstyle.command_line().parse_args([*picture_files, "out"])
+    made = deepstyle.how_it_is_made(arguments, Settings(), deepstyle.Plan(None, 10, 0, 0)) | {"backend": backend}
+    assert command_again(made, dataclasses.asdict(Settings())).startswith(begins)
+
+
 def test_a_picture_that_says_something_else_is_one_line(tmp_path, capsys):
     text = PngInfo()
     text.add_itxt("Software", "deepstyle")
@@ -258,6 +270,32 @@ def test_the_log_has_a_row_of_losses_for_each_iteration(picture_files, tmp_path)
     assert rows_of(path)[:2] == rows
     assert run(picture_files, tmp_path / "a", "--log", path, "--num_iter", 1) == 0
     assert [row["iteration"] for row in rows_of(path)] == ["1"]
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Within, no file grows beyond 4 bytes, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.csv", lambda path: write_log(path, ["iteration,loss", "1,2.5"])),
+        ("a.gif", lambda path: write_animation(path, [smooth_picture(1, 8, 8)], "a run")),
+    ],
+)
+def test_a_log_or_an_animation_that_finds_no_room_leaves_the_one_before(tmp_path, name, write):
+    (tmp_path / name).write_bytes(b"before")
+    with full_disk(), pytest.raises(deepstyle.UserError, match="cannot write"):
+        write(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"before"
+    assert os.listdir(tmp_path) == [name]
 
 
 COARSE = ["--image_size", 64, "--scales", 2, "--coarse_iter", 3]

@@ -19,7 +19,8 @@ from PIL import Image
 import deepstyle
 from deepstyle_support import report
 from deepstyle_support.provenance import command_again, read_made
-from deepstyle_support.report import MOST_PICTURES, Shown, encoded, plot, read_report, thinned
+from deepstyle_support.records import State
+from deepstyle_support.report import MOST_PICTURES, Shown, encoded, plot, points_before, read_report, thinned
 
 
 def run(picture_files, prefix, *flags):
@@ -67,6 +68,14 @@ def test_the_page_has_the_inputs_the_iterations_and_the_losses(picture_files, tm
     assert said == command
     for name in vars(deepstyle.Settings()):
         assert f"<dt>{name}</dt>" in page
+
+
+def test_what_was_tried_behind_the_state_that_is_gone_on_from_is_not_in_the_plot():
+    coarse, full, losses = (32, 40), (64, 80), [4.0, 1.0, 2.0, 1.0]
+    state = State(np.zeros((*full, 3)), np.array([losses, losses]), {}, evaluations=25, partial=True)
+    tried = {(size, count): losses for size in (coarse, full) for count in range(1, 29)}
+    kept = points_before(tried, {(coarse, 28): losses, (full, 20): losses}, state)
+    assert list(kept) == [(coarse, count) for count in range(1, 29)] + [(full, count) for count in range(1, 26)]
 
 
 def test_a_picture_that_every_leaves_out_is_in_the_report(picture_files, tmp_path):
