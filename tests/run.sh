@@ -34,6 +34,8 @@ if [ -n "$checks" ]; then
     check ruff format --check --quiet .
     check mypy
 fi
+# With an arena of memory for each of TensorFlow's threads a worker keeps more than it needs.
+export MALLOC_ARENA_MAX=1
 # Tests that share what is slow to start have a group, which one of the two runs.
 "$python" -m pytest -n 2 --dist loadgroup --durations=10 -m "$kind" "$@"
 status=$?
