@@ -53,8 +53,9 @@ def assert_same(whole, tiled, x):
         (35, 230, 32, "max", "zeros"),
         (187, 186, 96, "ave", "zeros"),
         (187, 186, 96, "max", "zeros"),
-        (35, 230, 96, "ave", "edge"),  # each shape of a tile takes seconds to compile
-        (187, 186, 96, "ave", "edge"),
+        (35, 230, 96, "ave", "edge"),  # each shape of a tile takes seconds, and 0.1 GB, to compile
+        (227, 40, 96, "ave", "edge"),
+        pytest.param(187, 186, 96, "ave", "edge", marks=pytest.mark.endurance),
     ],
 )
 def test_tiles_change_neither_loss_nor_gradient(untrained, rows, columns, tile, pool_type, padding):
