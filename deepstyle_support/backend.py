@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .limits import left_by_ulimits
-from .messages import UserError, require_choice
+from .messages import UserError, require_choice, silenced_stderr
 
 BACKENDS = ("tensorflow", "jax", "torch")
 # What is set in the environment before Keras is loaded, unless the person has set it.
@@ -163,21 +163,6 @@ def out_of_memory(error: BaseException) -> bool:
     from_a_backend = isinstance(error, RuntimeError) or kind.__module__.startswith("tensorflow.")
     said = ("RESOURCE_EXHAUSTED", "out of memory", "OUT_OF_MEMORY", "STATUS_ALLOC_FAILED", "can't allocate memory")
     return from_a_backend and any(words in str(error) for words in said)
-
-
-@contextlib.contextmanager
-def silenced_stderr() -> Iterator[None]:
-    """Nothing written to file descriptor 2 is shown, by C++ code either."""
-    if sys.stderr:
-        sys.stderr.flush()
-    shown = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(shown, 2)
-        os.close(shown)
 
 
 def parts_and_gradient(parts: Callable) -> Callable:

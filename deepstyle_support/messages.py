@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TextIO, cast
 
 
@@ -108,6 +108,24 @@ def printable(text: str) -> str:
 def words(value: object) -> str:
     """A setting's value as it is written on the command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+@contextlib.contextmanager
+def silenced_stderr() -> Iterator[None]:
+    """Nothing written to file descriptor 2 within is shown, by C++ code either."""
+    Stream("stderr").flush()
+    try:
+        shown = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
 
 
 def counted(number: int, thing: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFile, PngImagePlugin, PsdImagePlugin, TiffImagePlugin, features
 
 from .bands import bands, cropped
-from .messages import UserError
+from .messages import UserError, silenced_stderr
 from .metadata import MOST_TEXT, orientation_of, read_exif, refuse_confusion, without_metadata
 from .profiles import adobe_rgb_profile, as_it_is, to_srgb
 from .tones import by_libtiff, is_deep, is_in_planes, levels_of, mend_tiff, more_modes
@@ -140,7 +140,8 @@ def decoded(file: ImageFile.ImageFile, as_mask: bool) -> tuple[np.ndarray, int, 
     notes = mend_tiff(file)
     alpha = clear_colour(file)
     adobe_rgb, of_exif = read_exif(file)
-    with unheard() if file.format == "TIFF" else contextlib.nullcontext():
+    # libtiff prints on stderr what it thinks of each tag, and Pillow lets it.
+    with silenced_stderr() if file.format == "TIFF" else contextlib.nullcontext():
         file.load()
     refuse_confusion(file)  # text may follow the pixels
     levels, of_levels = levels_of(file) if is_deep(file) else (None, [])
@@ -148,23 +149,6 @@ def decoded(file: ImageFile.ImageFile, as_mask: bool) -> tuple[np.ndarray, int, 
     picture = in_bands(file, levels, alpha, to_colours)
     # Those of a TIFF are turned already, and it says so.
     return picture, orientation_of(file), [*of_frames(file), *notes, *of_levels, *of_exif, *of_profile]
-
-
-@contextlib.contextmanager
-def unheard() -> Iterator[None]:
-    """Within, nothing is heard on stderr: libtiff prints there what it thinks of each tag, and Pillow lets it."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
 
 
 def of_frames(file: Image.Image) -> list[str]:
