@@ -1,355 +1,85 @@
 #!/usr/bin/env python3
-"""deepstyle paints one photo in the style of another.
+"""deepstyle paints one photo in the style of another: this file is the method, and reads like the paper.
 
-It is the method of Gatys, Ecker & Bethge, "A Neural Algorithm of Artistic Style" (2015, arXiv
-1508.06576): find the picture whose VGG16 features resemble the content picture's, whose Gram
-matrices of features resemble the style picture's, and which is smooth. The file reads from top
-to bottom like the paper: settings and command line, network, losses, objective, optimiser,
-painting, run. What surrounds the method is in deepstyle_support/, a concern a module.
+Gatys, Ecker & Bethge, "A Neural Algorithm of Artistic Style" (2015, arXiv 1508.06576): find the picture whose VGG16
+features resemble the content picture's, whose Gram matrices of features resemble the style picture's, and which is
+smooth. From top to bottom: network, losses, objective, optimiser, stages (coarse to fine), painting. The command that
+uses it is in deepstyle_app/, what it stands on in deepstyle_support/.
 
 "Input space" below is what VGG16 was trained on: BGR channels in 0..255 minus their ImageNet means.
 """
 
-import argparse
+if __name__ == "__main__":  # the command, which imports this file: here, before anything is loaded twice or is missing
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I look for modules in no script's folder
+    from deepstyle_app.start import start
+
+    start()
+
 import contextlib
-import copy
 import dataclasses
 import functools
 import hashlib
-import itertools
 import math
-import os
-import re
 import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # python -P and -I look for modules in no script's folder
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
+import numpy as np
+from PIL import Image
 
-if __name__ == "__main__" and not sys.warnoptions:
-    warnings.simplefilter("ignore")  # of libraries, as in `main`
-
-try:
-    import numpy as np
-    from PIL import Image, ImageColor
-
-    from deepstyle_support.backend import all_finite, as_array, import_keras, on_cpu, out_of_memory, parts_and_gradient
-    from deepstyle_support.callbacks import Closed, as_generator
-    from deepstyle_support.convolution import Kernel, convolve, kernel_on_device
-    from deepstyle_support.device import describe_device
-    from deepstyle_support.files import Outputs, outputs_of
-    from deepstyle_support.folder import Batch, Photo, arguments_for, folders_in, photos_in
-    from deepstyle_support.inputs import input_paths, read_beside, read_inputs, read_start
-    from deepstyle_support.lbfgs import Curvature, device_lbfgs, kept_bytes
-    from deepstyle_support.memory import (
-        MOST_CORRECTIONS,
-        SMALLEST,
-        Held,
-        Plan,
-        TooLarge,
-        free_memory,
-        held_beside,
-        plan_memory,
-        plan_or_advice,
-        smaller_tile,
-    )
-    from deepstyle_support.messages import (
-        Stream,
-        UserError,
-        answer,
-        counted,
-        in_words,
-        printable,
-        require_choice,
-        tell,
-        words,
-    )
-    from deepstyle_support.ownership import base_path
-    from deepstyle_support.pictures import (
-        MEAN_BGR,
-        RESAMPLING,
-        Pictures,
-        enlarge,
-        from_input_space,
-        laid,
-        mask_on_grid,
-        match_colours,
-        numbered,
-        recolour,
-        resize,
-        several,
-        to_input_space,
-        with_colours_of,
-    )
-    from deepstyle_support.provenance import description
-    from deepstyle_support.reading import read_picture as read_picture
-    from deepstyle_support.reading import shape_of
-    from deepstyle_support.records import Ending, Iteration, State
-    from deepstyle_support.report import held_for_report
-    from deepstyle_support.reuse import Reuse
-    from deepstyle_support.rounding import computed_with
-    from deepstyle_support.saving import save_all
-    from deepstyle_support.state import read_state
-    from deepstyle_support.terminal import (
-        console_for,
-        describe_stop,
-        fill_closed_descriptors,
-        leave,
-        progress_bar,
-        signals_as_wishes,
-        where_it_goes_on,
-        without_warnings,
-    )
-    from deepstyle_support.transparency import alpha_of, filled, with_alpha_of
-    from deepstyle_support.values import ON_OFF, like_default, name_of, value_of
-    from deepstyle_support.vgg import CHANNELS, halo, layer_name, stride
-    from deepstyle_support.weights import Weights, load_weights, trunk_digest
-except KeyboardInterrupt:
-    if __name__ != "__main__":
-        raise
-    sys.stderr.write("deepstyle: interrupted before the painting began\n")
-    sys.exit(130)
-except ModuleNotFoundError as missing:
-    if __name__ != "__main__":
-        raise
-    sys.exit(f"deepstyle: error: Python has no package {missing.name}; 'sh run.sh' installs what is needed")
+from deepstyle_support.backend import all_finite, as_array, import_keras, out_of_memory, parts_and_gradient
+from deepstyle_support.callbacks import Closed, as_generator
+from deepstyle_support.colours import match_colours, recolour, with_colours_of
+from deepstyle_support.convolution import convolve
+from deepstyle_support.engine import Engine
+from deepstyle_support.images import MEAN_BGR, enlarge, from_input_space, resize, to_input_space
+from deepstyle_support.lbfgs import Curvature, device_lbfgs
+from deepstyle_support.masks import Place, mask_on_grid, masks_at_places, opaque_at_places
+from deepstyle_support.memory import MIN_SIDE, Plan, held_beside, plan_memory, plan_or_advice, smaller_tile
+from deepstyle_support.messages import UserError
+from deepstyle_support.pictures import Pictures, laid, numbered, read_start, several
+from deepstyle_support.reading import read_picture as read_picture
+from deepstyle_support.settings import EVALUATIONS_PER_ITERATION, Settings, weights_of_styles
+from deepstyle_support.tiles import Tile, tiles_of
+from deepstyle_support.transparency import filled, with_alpha_of
+from deepstyle_support.vgg import CHANNELS, PICTURE, deepest, halo, stride
+from deepstyle_support.weights import Weights, load_weights
 
 __version__ = "0.2.0"
 
-STYLE_LAYERS = ("conv1_1", "conv2_1", "conv3_1", "conv4_1", "conv5_1")
-EVALUATIONS_PER_ITERATION = 20
-MOST = {"image_size": 10**9, "style_size": 10**9, "history": MOST_CORRECTIONS}  # more is a mistake in typing
+CONTENT, STYLE, VARIATION = "content", "style", "total variation"  # the kinds of losses
 Tensor = Any  # one of the backend's, or an array where it takes one
-
-
-# ------------------------------------------------------------------ settings and command line
-
-
-def setting(default: Any, group: str, placeholder: str, help: str, shapes: bool = True) -> Any:
-    """A field of Settings, with what the command line says of its flag. A tuple's flag takes several values.
-
-    `shapes`: whether another value makes another picture; then a run is not resumed with another one.
-    """
-    metadata = {"group": group, "metavar": placeholder, "help": help, "shapes": shapes}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-# What may be another when a run is gone on with: when to end, and how to compute. The weights, and pictures on a
-# background, are known by their digests.
-steering = functools.partial(setting, shapes=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Everything that shapes a run but its pictures; each is a flag, and each default exists only here.
-
-    For a tuple a single value will do, and NumPy's numbers are taken. A layer is kept by its name in the paper:
-    `block4_conv2` becomes `conv4_2`. Raises UserError for a value that is out of range, or of another kind.
-    """
-
-    image_size: int = setting(400, "the picture", "ROWS", "rows of the generated picture")
-    maintain_aspect_ratio: bool = setting(True, "the picture", "BOOL", "columns as in the content; False: as rows")
-    init_image: str = setting("content", "the picture", "START", "content, recolored, noise, gray, or a picture's path")
-    preserve_color: bool | str = setting(False, "the picture", "HOW", "the content's colours: luma (True) or match")
-    background: str | None = steering(None, "the picture", "COLOUR", "lay what is transparent on it: red or #ff0000")
-    rescale_image: bool = setting(False, "the picture", "BOOL", "save at the content picture's own size")
-    rescale_method: str = setting("bilinear", "the picture", "METHOD", "nearest, bilinear, bicubic or cubic")
-    content_weight: float = setting(0.025, "the content", "W", "how much the content counts")
-    content_layer: tuple[str, ...] = setting(("conv5_2",), "the content", "LAYER", "conv1_1 to conv5_3, or several")
-    content_loss_type: int = setting(0, "the content", "0|1|2", "its factor: 1, 1/(2 sqrt(C H W)) or 1/(C H W)")
-    style_weight: tuple[float, ...] = setting((1.0,), "the style", "W", "how much it counts, or each of several")
-    style_scale: float = setting(1.0, "the style", "FACTOR", "multiplies the weights of all styles")
-    style_size: int = setting(0, "the style", "ROWS", "rows to show the style in; 0: as the content")
-    style_fit: str = setting("stretch", "the style", "FIT", "stretch to the content's shape, or keep the style's")
-    style_layers: tuple[str, ...] = setting(STYLE_LAYERS, "the style", "LAYER", "layers that hold it")
-    style_layer_weights: tuple[float, ...] = setting((1.0,), "the style", "W", "their shares; one: all the same")
-    total_variation_weight: float = setting(1e-5, "the style", "W", "how much smoothness counts")
-    model: str = setting("vgg16", "the network", "MODEL", "vgg16 or vgg19")
-    pool_type: str = setting("ave", "the network", "TYPE", "pooling: ave or max")
-    padding: str = setting("zeros", "the network", "HOW", "beyond the border: zeros, or the edge's own values")
-    weights: str | None = steering(None, "the network", "FILE", "a file, or random; else they are found or fetched")
-    num_iter: int = steering(10, "the optimisation", "N", f"iterations of {EVALUATIONS_PER_ITERATION} evaluations")
-    scales: int = setting(1, "the optimisation", "N", "paint in N sizes, each twice the one before")
-    coarse_iter: tuple[int, ...] = setting((5,), "the optimisation", "N", "iterations at each size but the last")
-    min_improvement: float = steering(0.0, "the optimisation", "PERCENT", "stop when an iteration brings less")
-    seed: int = setting(0, "the optimisation", "N", "for everything random")
-    optimizer: str = steering("scipy", "the optimisation", "WHOSE", "scipy's L-BFGS-B, or one on the device")
-    history: int = steering(10, "the optimisation", "N", "corrections that L-BFGS keeps")
-    tile: str = steering("auto", "the optimisation", "auto|off|N", "compute in tiles of at most N x N pixels")
-    max_memory: float = steering(0.0, "the optimisation", "GB", "use no more than this; 0: all that is free")
-
-    def __post_init__(self) -> None:
-        put = functools.partial(object.__setattr__, self)  # a frozen dataclass has no other way
-        put("tile", str(self.tile))
-        how = str(self.preserve_color)
-        put("preserve_color", {word: on and "luma" for word, on in ON_OFF.items()}.get(how.lower(), how))
-        for field in dataclasses.fields(self):
-            if field.name != "preserve_color":
-                put(field.name, like_default(f"--{field.name}", getattr(self, field.name), field.default))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.metadata["metavar"] == "LAYER":
-                value = tuple(layer_name(f"--{field.name}", name, self.model) for name in value)
-                if not value or len({*value}) < len(value):
-                    raise UserError(f"--{field.name} names {'a layer twice' if value else 'no layer'}: {words(value)}")
-                put(field.name, value)
-            least = 1 if field.name in ("image_size", "num_iter", "scales", "coarse_iter", "history") else 0
-            for one in value if isinstance(value, tuple) else (value,):
-                if isinstance(one, int | float) and not least <= one < math.inf:
-                    raise UserError(f"--{field.name} is {one}; it must be {least} or more, and finite")
-                if type(one) is int and field.name in MOST and one > MOST[field.name]:
-                    raise UserError(f"--{field.name} is {one}; it must be {MOST[field.name]} or less")
-        require_choice("--preserve_color", self.preserve_color, (False, "luma", "match"))
-        require_choice("--rescale_method", self.rescale_method, RESAMPLING)
-        require_choice("--content_loss_type", self.content_loss_type, (0, 1, 2))
-        require_choice("--style_fit", self.style_fit, ("stretch", "keep"))
-        require_choice("--pool_type", self.pool_type, ("ave", "max"))
-        require_choice("--padding", self.padding, ("zeros", "edge"))
-        require_choice("--optimizer", self.optimizer, OPTIMIZERS)
-        if self.weights == "":
-            raise UserError("--weights is ''; it must be a file, or random")
-        if self.background is not None:
-            try:
-                ImageColor.getrgb(self.background)
-            except (AttributeError, ValueError):
-                known = "it must be a colour's name, like red, or #rrggbb"
-                raise UserError(f"--background is '{self.background}'; {known}") from None
-        if self.tile not in ("auto", "off") and not (re.fullmatch("[0-9]{1,9}", self.tile) and int(self.tile) >= 16):
-            known = "it must be auto, off, or a number of pixels from 16 on, of up to 9 digits"
-            raise UserError(f"--tile is '{self.tile}'; {known}")
-        if len(self.style_layer_weights) not in (1, len(self.style_layers)) or not (
-            0 < sum(self.style_layer_weights) < math.inf
-        ):
-            raise UserError(
-                f"--style_layer_weights are {words(self.style_layer_weights)}; there must be one, or one for each of "
-                f"the {len(self.style_layers)} --style_layers, and not all 0"
-            )
-        if len(self.coarse_iter) not in (1, self.scales - 1):
-            raise UserError(
-                f"--coarse_iter has {len(self.coarse_iter)} numbers ({words(self.coarse_iter)}); with --scales "
-                f"{self.scales} there are {self.scales - 1} coarse sizes: give one number, or one for each"
-            )
-
-    def decisive(self) -> dict[str, str]:
-        """The settings that shape the picture, by their flags, in words."""
-        fields = (field for field in dataclasses.fields(self) if field.metadata["shapes"])
-        return {f"--{field.name}": words(getattr(self, field.name)) for field in fields}
-
-
-def weights_of_styles(settings: Settings, styles: int) -> list[float]:
-    """The weight of each style; a single weight is shared out evenly. Raises UserError if the numbers do not agree."""
-    weights = settings.style_weight
-    if len(weights) not in (1, styles):
-        raise UserError(f"--style_weight has {len(weights)} weights for {styles} styles; give one, or one for each")
-    return [settings.style_scale * weight * len(weights) / styles for weight in weights * (styles // len(weights))]
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors raised for `main` to show in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-    def _print_message(self, message: str, file: object = None) -> None:  # --help and --version have no other way
-        answer(message.rstrip("\n"))
-
-
-class Describe(argparse.Action):
-    """--describe: as with --version, nothing else is done."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: object, path: Any, option: object = None) -> None:
-        answer(description(path, dataclasses.asdict(Settings()), __version__, Stream("stdout").encoding))
-        parser.exit()
-
-
-def command_line() -> Parser:
-    """The parser of the command's arguments."""
-    parser = Parser(
-        prog="deepstyle",
-        usage="%(prog)s CONTENT STYLE [STYLE ...] PREFIX [flags]",
-        description="Paint the CONTENT picture in the style of the STYLE picture, or of several.",
-        epilog="The README says more of each flag, with pictures.",
-        allow_abbrev=False,
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=36),
-    )
-    parser.add_argument("content", metavar="CONTENT", help="the photo to paint, or a folder of photos")
-    parser.add_argument("style", metavar="STYLE", nargs="+", help="the picture to take the style from")
-    parser.add_argument("prefix", metavar="PREFIX", help="pictures are PREFIX_at_iteration_N.png; or a folder")
-    for title, members in itertools.groupby(dataclasses.fields(Settings), lambda field: field.metadata["group"]):
-        group = parser.add_argument_group(title)
-        for field in members:
-            default: Any = field.default
-            kind: Any = type(default)
-            options: dict[str, Any] = {}
-            if kind is bool:
-                colours = {"luma": "luma", "match": "match"} if field.name == "preserve_color" else {}
-                kind, options = ON_OFF | colours, {"nargs": "?", "const": True}
-            elif kind is tuple:
-                kind, options = type(default[0]), {"nargs": "+"}
-            group.add_argument(
-                f"--{field.name}",
-                default=default,
-                type=str if default is None else functools.partial(value_of, kind),
-                metavar=field.metadata["metavar"],
-                help=field.metadata["help"] + ("" if default is None else f" ({words(default)})"),
-                **options,
-            )
-    group = parser.add_argument_group("masks: pictures, white where something holds")
-    group.add_argument("--style_masks", metavar="M", nargs="+", default=[], help="where each style goes")
-    group.add_argument("--content_mask", metavar="M", help="where the content counts")
-    group.add_argument("--color_mask", metavar="M", help="where preserve_color applies")
-    group = parser.add_argument_group("what is saved")
-    every = functools.partial(value_of, int)
-    group.add_argument("--every", metavar="N", type=every, default=1, help="only each Nth picture, and the last (1)")
-    group.add_argument("--animation", metavar="FILE", type=name_of, help="all iterations as .gif, .webp or .mp4")
-    group.add_argument("--log", metavar="FILE", type=name_of, help="a row of losses for each iteration, .csv")
-    group.add_argument("--tensorboard", metavar="DIR", type=name_of, help="losses and pictures for TensorBoard")
-    group.add_argument("--report", metavar="FILE", type=name_of, help="a page that shows the run, .html")
-    group.add_argument("--describe", metavar="PICTURE", action=Describe, help="print how PICTURE was made, and end")
-    group = parser.add_argument_group("the run")
-    earlier = group.add_mutually_exclusive_group()
-    earlier.add_argument("--resume", action="store_true", help="go on where an earlier run of this PREFIX ended")
-    earlier.add_argument("--overwrite", action="store_true", help="replace an earlier run; else it is moved aside")
-    group.add_argument("--allow_large", action="store_true", help="read pictures over Pillow's limit of pixels")
-    group.add_argument("--quiet", action="store_true", help="say nothing but errors")
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    group.add_argument("--version", action="version", version=f"deepstyle {__version__}")
-    return parser
+Size = tuple[int, int]  # (rows, columns)
 
 
 # ----------------------------------------------------------------------------------- network
 
 
-def on_device(weights: Weights, padding: str) -> dict[str, tuple[Kernel, Tensor]]:
-    """The backend's tensors of each layer: its kernel as `convolve` needs it, its bias."""
-    to_tensor = import_keras().ops.convert_to_tensor
-    return {name: (kernel_on_device(kernel, padding), to_tensor(bias)) for name, (kernel, bias) in weights.items()}
-
-
 def features(
-    x: Tensor, weights: dict[str, tuple], layers: Collection[str], pool_type: str
+    x: Tensor, network: dict[str, tuple], layers: Collection[str], pool_type: str
 ) -> Iterator[tuple[str, Tensor]]:
     """The network's features of x at `layers`, one layer after another and no deeper than the deepest of them.
 
-    x: (H, W, 3) tensor in input space, weights: from `on_device` -> (layer, (h, w, C)), after the ReLU. Each pooling
+    x: (H, W, 3) tensor in input space, network: from `on_device` -> (layer, (h, w, C)), after the ReLU. Each pooling
     halves the rows and columns, rounding down. "ave" is the paper's choice, "max" the network's own.
     """
     ops = import_keras().ops
     pool = {"ave": ops.average_pool, "max": ops.max_pool}[pool_type]
-    x = x[None]
-    for name, (kernel, bias) in weights.items():
-        if name > max(layers, default=""):
+    x, wanted = x[None], set(layers)
+    for name, (kernel, bias) in network.items():
+        if not wanted:
             break
         if name.endswith("_1") and name != "conv1_1":
             x = pool(x, 2, strides=2, data_format="channels_last")
         x = ops.relu(convolve(x, kernel) + bias)
-        if name in layers:
+        if name in wanted:
+            wanted.remove(name)
             yield name, x[0]
 
 
@@ -397,268 +127,228 @@ def total_variation(x: Tensor, mask: Tensor = None) -> Tensor:
     return ops.sum(ops.power(square, 1.25) * (1.0 if mask is None else mask[:-1, :-1]))
 
 
-# --------------------------------------------------------------------------------- objective
+# ------------------------------------------------------------------------ the terms of the loss
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """The loss at some x, what each part of it adds, weighted, and its gradient."""
+class Term(NamedTuple):
+    """One weighted term of the loss: the content's or a style's at one layer, or the total variation."""
 
-    parts: dict[str, float]  # "content conv5_2", "style conv1_1" ... "style conv5_1", "total variation"
-    gradient: Any  # (H, W, 3): float64 where x is an array, a float32 tensor where x is one; or None
-
-    @property
-    def loss(self) -> float:
-        return self.sum_of("")
-
-    def sum_of(self, kind: str) -> float:
-        """Of the parts whose name begins so: content, style or total variation."""
-        return sum(value for name, value in self.parts.items() if name.startswith(kind))
-
-
-class Tile(NamedTuple):
-    """A part of the picture that is computed at a time: its own pixels, and with what is around them."""
-
-    own: tuple[slice, slice]
-    window: tuple[slice, slice]
-
-    def of(self, x: Tensor) -> Tensor:
-        """The window of x, (H, W, 3): float32 of an array, or of a tensor where that is."""
-        return np.float32(x[self.window]) if isinstance(x, np.ndarray) else x[self.window]
-
-    def at(self, stride: int) -> tuple[tuple[slice, slice], tuple[slice, slice], tuple[slice, slice]]:
-        """Own positions, own positions counted from the window's first, and the window, at a layer of this stride."""
-
-        def positions(part: slice) -> slice:
-            return slice(part.start // stride, part.stop // stride)
-
-        (rows, columns), (top, left) = map(positions, self.own), map(positions, self.window)
-        within = (
-            slice(rows.start - top.start, rows.stop - top.start),
-            slice(columns.start - left.start, columns.stop - left.start),
-        )
-        return (rows, columns), within, (top, left)
-
-    def mask(self, stride: int) -> np.ndarray:
-        """(h, w, 1) float32 over the window: 1 where a position is the tile's own, 0 elsewhere."""
-        _, within, window = self.at(stride)
-        mask = np.zeros([part.stop - part.start for part in window] + [1], np.float32)
-        mask[within] = 1
-        return mask
-
-
-def cut(length: int, tile: int, halo: int) -> list[tuple[slice, slice]]:
-    """(own, window) of the tiles along a side: as few as can be with at most `tile` pixels, about equal.
-
-    Own parts start at multiples of 16, where every pooling does. A window reaches `halo` beyond its own part, but not
-    beyond the picture's border: padding with zeros is for that border only. So windows of tiles that are larger than
-    the halo have at most four lengths, and the backend few shapes to compile.
-    """
-    own = -(-length // math.ceil(length / (tile // 16 * 16)) // 16) * 16
-    parts = [slice(start, min(start + own, length)) for start in range(0, length, own)]
-    return [(part, slice(max(0, part.start - halo), min(part.stop + halo, length))) for part in parts]
-
-
-def tiles_of(size: tuple[int, int], tile: int, halo: int) -> list[Tile]:
-    """The tiles of a picture of (rows, columns), row by row."""
-    rows, columns = (cut(length, tile, halo) for length in size)
-    return [Tile(*zip(row, column, strict=True)) for row in rows for column in columns]
-
-
-class Place(NamedTuple):
-    """Where a loss looks; losses at the same place share what is computed there."""
-
-    layer: str  # or "picture"
-    mask: str = ""  # its name
-
-
-class Loss(NamedTuple):
-    """One weighted part of the objective."""
-
-    name: str  # "content conv5_2", "style conv1_1" (or "style 2 conv1_1", of several styles) or "total variation"
+    kind: str  # CONTENT, STYLE or VARIATION
     weight: float  # with all its factors
     place: Place
+    style: int = 0  # the number of the style, from 1 on, of several
+
+    @property
+    def name(self) -> str:
+        """content conv5_2, style conv1_1 (or style 2 conv1_1, of several styles), or total variation"""
+        return self.kind if self.kind == VARIATION else f"{self.what} {self.place.layer}"
+
+    @property
+    def what(self) -> str:
+        """content, style, or style 2 of several"""
+        return f"{self.kind} {self.style}" if self.style else self.kind
 
 
-def weighted_losses(settings: Settings, size: tuple[int, int], styles: int, masks: Collection[str]) -> list[Loss]:
-    """The parts of the objective for a picture of (rows, columns), without targets. One of weight 0 is left out.
+class Losses(NamedTuple):
+    """A picture's loss, and what of it the terms of each kind add up to."""
 
-    `masks` are the names of those that there are: "content", "style" for any, or "style 2" of several. Raises UserError
-    as `weights_of_styles` does.
+    total: float
+    content: float
+    style: float
+    variation: float
+
+
+def terms_of(pictures: Pictures, settings: Settings, size: Size, content_weight: float) -> list[Term]:
+    """The terms of the loss of a picture of (rows, columns). One of weight 0 is left out.
+
+    Raises UserError as `weights_of_styles` does.
     """
-    losses, channels = [], CHANNELS[settings.model]
+    masks, channels = pictures.masks(size), CHANNELS[settings.model]
+    terms = []
     for layer in settings.content_layer:
         scale = math.sqrt(channels[layer] * math.prod(size))
         factor = (1, 1 / (2 * scale), 1 / scale**2)[settings.content_loss_type] / len(settings.content_layer)
-        losses.append(("content", layer, settings.content_weight * factor))
+        mask = CONTENT if CONTENT in masks else ""
+        terms.append(Term(CONTENT, content_weight * factor, Place(layer, mask)))
     shares = settings.style_layer_weights * (len(settings.style_layers) // len(settings.style_layer_weights))
+    styles = len(pictures.styles)
     for number, weight in enumerate(weights_of_styles(settings, styles), 1):
+        number = number if styles > 1 else 0
+        mask = next((name for name in (f"{STYLE} {number}", STYLE) if name in masks), "")
         for layer, share in zip(settings.style_layers, shares, strict=True):
-            losses.append((f"style {number}" if styles > 1 else "style", layer, weight * share / sum(shares)))
-    parts = []
-    for name, layer, weight in losses:
-        mask = next((mask for mask in (name, name.split()[0]) if mask in masks), "")
-        parts.append(Loss(f"{name} {layer}", weight, Place(layer, mask)))
-    parts.append(Loss("total variation", settings.total_variation_weight, Place("picture")))
-    return [part for part in parts if part.weight]
+            terms.append(Term(STYLE, weight * share / sum(shares), Place(layer, mask), number))
+    terms.append(Term(VARIATION, settings.total_variation_weight, Place(PICTURE)))
+    return [term for term in terms if term.weight]
 
 
-def layers_of(losses: Iterable[Loss]) -> set[str]:
-    """The layers at which they look."""
-    return {loss.place.layer for loss in losses} - {"picture"}
+def layers_of(terms: Iterable[Term], kind: str = "") -> set[str]:
+    """The layers at which terms look, or those of one kind."""
+    return {term.place.layer for term in terms if kind in ("", term.kind)} - {PICTURE}
+
+
+def losses_of(terms: Iterable[Term], parts: dict[str, float]) -> Losses:
+    """The sums of the terms' values, {name: weighted loss}."""
+    kinds = {term.name: term.kind for term in terms}
+    sums = (sum(value for name, value in parts.items() if kinds[name] == kind) for kind in (CONTENT, STYLE, VARIATION))
+    return Losses(sum(parts.values()), *sums)
+
+
+class Targets(NamedTuple):
+    """What a picture, or a tile of it, is compared with, and where: arrays, or tensors of the backend."""
+
+    content: dict[str, Any]  # {layer: (h, w, C)}: the content's features
+    style: dict[str, Any]  # {term's name: (C, C)}: the styles' Gram matrices
+    masks: dict[Place, Any]  # {place: (h, w, 1)}; where there is none, all positions count
+    whole_grams: dict[Place, Any]  # {place: (C, C)}: those of the whole picture, of which this is a tile
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(losses: tuple[Loss, ...], pixels: int, pool_type: str) -> Callable:
-    """`weighted_parts` with its gradient, compiled once for all objectives with such losses.
+def compiled(terms: tuple[Term, ...], pixels: int, pool_type: str) -> Callable:
+    """`weighted_parts` with its gradient, compiled once for all objectives with such terms.
 
     A backend keeps what it has compiled: without this each picture that a process paints would leave 12 to 25 MB.
     """
-    return parts_and_gradient(functools.partial(weighted_parts, losses, pixels, pool_type))
+    return parts_and_gradient(functools.partial(weighted_parts, terms, pixels, pool_type))
 
 
 def weighted_parts(
-    losses: tuple[Loss, ...],
-    pixels: int,
-    pool_type: str,
-    x: Any,
-    weights: dict[str, tuple],
-    content_targets: dict[str, Any],
-    style_targets: dict[str, Any],
-    masks: dict[Place, Any],
-    whole_grams: dict[Place, Any],
+    terms: tuple[Term, ...], pixels: int, pool_type: str, x: Any, network: dict[str, tuple], targets: Targets
 ) -> dict[str, Any]:
-    """What the positions of a tile add to each part, weighted: {name: loss}. No mask means all of them.
+    """What the positions of a tile add to each term, weighted: {name: loss}.
 
     x: (h, w, 3) float32 tensor; pixels: of the whole picture. With `whole_grams` the value of a style loss is that of
     the whole picture, and only its gradient that of the tile.
     """
-    found = dict(features(x, weights, layers_of(losses), pool_type))
+    found = dict(features(x, network, layers_of(terms), pool_type))
     grams = {}
-    for place in dict.fromkeys(loss.place for loss in losses if loss.name.startswith("style")):
-        grams[place] = gram_matrix(found[place.layer], masks.get(place))
-        if place in whole_grams:
-            grams[place] = whole_grams[place] + grams[place] - import_keras().ops.stop_gradient(grams[place])
+    for place in dict.fromkeys(term.place for term in terms if term.kind == STYLE):
+        grams[place] = gram_matrix(found[place.layer], targets.masks.get(place))
+        if place in targets.whole_grams:
+            own = import_keras().ops.stop_gradient(grams[place])
+            grams[place] = targets.whole_grams[place] + grams[place] - own
     parts = {}
-    for name, weight, place in losses:
-        mask = masks.get(place)
-        if name.startswith("style"):
-            loss = style_loss(grams[place], style_targets[name], pixels)
-        elif name.startswith("content"):
-            loss = content_loss(found[place.layer], content_targets[place.layer], mask)
+    for term in terms:
+        layer, mask = term.place.layer, targets.masks.get(term.place)
+        if term.kind == STYLE:
+            loss = style_loss(grams[term.place], targets.style[term.name], pixels)
+        elif term.kind == CONTENT:
+            loss = content_loss(found[layer], targets.content[layer], mask)
         else:
             loss = total_variation(x, mask)
-        parts[name] = weight * loss
+        parts[term.name] = term.weight * loss
     return parts
 
 
-class TileLosses:
-    """What is computed for one tile of a picture: its Gram matrices and, given the whole picture's, its gradient.
+# ------------------------------------------------------------------------------------- tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class TiledLoss:
+    """The loss of a picture as one of its tiles sees it: what is computed there, given the network.
 
     It knows the targets and the masks of the whole picture, but not which tiles there are, nor where they are computed:
-    it takes tiles and pictures (arrays, or tensors where they are), and gives arrays, but a gradient as a tensor. Until
-    it has its targets (`aimed`) only features and Gram matrices can be asked for. All that it knows but the network's
-    weights can be sent to another process.
+    it takes tiles and pictures (arrays, or tensors where they are), and gives arrays, but a gradient as a tensor. It
+    can be sent to another process. Without its targets only features and Gram matrices can be asked for.
     """
 
-    def __init__(
-        self,
-        losses: list[Loss],
-        masks: dict[Place, np.ndarray],
-        size: tuple[int, int],
-        weights: Weights,
-        settings: Settings,
-        reuse: Reuse,
-    ):
-        self.losses, self.masks, self.size, self.pool_type = tuple(losses), masks, size, settings.pool_type
-        self.weights = reuse("the network", lambda: on_device(weights, settings.padding))
-        self.content_targets: dict[str, np.ndarray] = {}  # {layer: (h, w, C)}, in NumPy: not on a GPU
-        self.style_targets: dict[str, np.ndarray] = {}
+    terms: tuple[Term, ...]
+    masks: dict[Place, np.ndarray]
+    size: Size  # of the whole picture
+    pool_type: str
+    content: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # as in Targets; in NumPy: not on a GPU
+    style: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def places(self, kind: str = "") -> list[Place]:
-        """Where the losses of this kind look."""
-        return list(dict.fromkeys(loss.place for loss in self.losses if loss.name.startswith(kind)))
+        """Where the terms look, or those of one kind."""
+        return list(dict.fromkeys(term.place for term in self.terms if kind in ("", term.kind)))
 
-    def layers(self) -> set[str]:
-        """The layers that an evaluation needs."""
-        return layers_of(self.losses)
+    def only(self, name: str) -> "TiledLoss":
+        """The term of this name alone."""
+        return dataclasses.replace(self, terms=tuple(term for term in self.terms if term.name == name))
 
-    def aimed(self, content_targets: dict[str, np.ndarray], style_targets: dict[str, np.ndarray]) -> "TileLosses":
-        """With its targets: the content's features, {layer: (h, w, C)}, and the styles' Grams, {loss: (C, C)}."""
-        aimed = copy.copy(self)
-        aimed.content_targets, aimed.style_targets = content_targets, style_targets
-        return aimed
-
-    def only(self, name: str) -> "TileLosses":
-        """The loss of this name alone."""
-        alone = copy.copy(self)
-        alone.losses = tuple(loss for loss in self.losses if loss.name == name)
-        return alone
-
-    def features(self, tile: Tile, x: Tensor, layers: Collection[str]) -> Iterator[tuple[str, Any]]:
-        """(layer, features of the tile's window), one after another. x: (H, W, 3) in input space, the whole picture."""
-        yield from features(tile.of(x), self.weights, layers, self.pool_type)
-
-    def own_features(self, tile: Tile, x: Tensor, layers: Collection[str]) -> dict[str, np.ndarray]:
-        """{layer: (h, w, C)} at the tile's own positions."""
-        to_numpy = import_keras().ops.convert_to_numpy
-        return {layer: to_numpy(f[tile.at(stride(layer))[1]]) for layer, f in self.features(tile, x, layers)}
+    def own_features(self, network: dict, tile: Tile, x: Tensor, layers: Collection[str]) -> dict[str, np.ndarray]:
+        """{layer: (h, w, C)} at the tile's own positions. x: (H, W, 3) in input space, the whole picture."""
+        found = features(tile.of(x), network, layers, self.pool_type)
+        return {layer: as_array(f[tile.at(stride(layer)).within]) for layer, f in found}
 
     def grams(
-        self, tile: Tile, x: Tensor, places: list[Place], masks: dict[Place, np.ndarray] | None = None
+        self, network: dict, tile: Tile, x: Tensor, places: list[Place], masks: dict[Place, np.ndarray] | None = None
     ) -> dict[Place, np.ndarray]:
         """The first pass: what the tile's own positions add to the picture's Gram matrices, {place: (C, C)}.
 
         masks: those of another picture than the generated one, (h, w, 1) for each place that has one.
         """
         ops, found = import_keras().ops, {}
-        for layer, f in self.features(tile, x, {place.layer for place in places}):
+        for layer, f in features(tile.of(x), network, {place.layer for place in places}, self.pool_type):
             for place in (place for place in places if place.layer == layer):
-                mask = self.mask(tile, place, masks)
-                found[place] = ops.convert_to_numpy(
-                    gram_matrix(f, None if mask is None else ops.convert_to_tensor(mask))
-                )
+                mask = self._mask(tile, place, self.masks if masks is None else masks)
+                found[place] = as_array(gram_matrix(f, None if mask is None else ops.convert_to_tensor(mask)))
         return found
 
     def parts_and_gradient(
-        self, tile: Tile, x: Tensor, whole_grams: dict[Place, np.ndarray]
+        self, network: dict, tile: Tile, x: Tensor, whole_grams: dict[Place, np.ndarray]
     ) -> tuple[dict[str, float], Tensor]:
-        """The second pass: what the tile's own positions add to each part, and the gradient of that in its window.
+        """The second pass: what the tile's own positions add to each term, and the gradient of that in its window.
 
         whole_grams: the picture's Gram matrices, of which the style losses are; empty if the tile is the whole picture.
         """
-        targets = {layer: f[tile.at(stride(layer))[2]] for layer, f in self.content_targets.items()}
-        masks = {place: mask for place in self.places() if (mask := self.mask(tile, place)) is not None}
-        differentiated = compiled(self.losses, math.prod(self.size), self.pool_type)
-        given = self.weights, targets, self.style_targets, masks, whole_grams
-        return differentiated(tile.of(x), *given)
+        content = {layer: f[tile.at(stride(layer)).window] for layer, f in self.content.items()}
+        masks = {place: mask for place in self.places() if (mask := self._mask(tile, place, self.masks)) is not None}
+        differentiated = compiled(self.terms, math.prod(self.size), self.pool_type)
+        return differentiated(tile.of(x), network, Targets(content, self.style, masks, whole_grams))
 
-    def mask(self, tile: Tile, place: Place, masks: dict[Place, np.ndarray] | None = None) -> np.ndarray | None:
+    def _mask(self, tile: Tile, place: Place, masks: dict[Place, np.ndarray]) -> np.ndarray | None:
         """(h, w, 1): how much each position of the tile's window counts; None where all count the same."""
-        masks = self.masks if masks is None else masks
-        step, mask = stride(place.layer), None
-        if place in masks:
-            mask = masks[place][tile.at(step)[2]]
-        if tile.own != tile.window:
-            mask = tile.mask(step) if mask is None else mask * tile.mask(step)
-        return mask
+        step = stride(place.layer)
+        mask = masks[place][tile.at(step).window] if place in masks else None
+        if tile.own == tile.window:
+            return mask
+        return tile.mask(step) if mask is None else mask * tile.mask(step)
+
+
+class Watch:
+    """Whoever looks on while a picture is painted, and may end it. This one does nothing."""
+
+    def evaluated(self, size: Size, count: int, evaluation: "Evaluation") -> None:
+        """An evaluation was made: the `count`th at (rows, columns)."""
+
+    def should_stop(self) -> bool:
+        """Whether no more evaluations are to be made; asked before each."""
+        return False
+
+    def smaller_tiles(self, tile: int) -> None:
+        """Memory ran out, and it goes on in tiles of at most so many pixels."""
+
+
+# --------------------------------------------------------------------------------- objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The loss at some x, what each term adds to it, weighted, and its gradient."""
+
+    losses: Losses
+    parts: dict[str, float]  # by the terms' names
+    gradient: Any  # (H, W, 3): float64 where x is an array, a float32 tensor where x is one; or None
+
+    @property
+    def loss(self) -> float:
+        return self.losses.total
 
 
 class Objective:
-    """The loss of a picture, and its gradient: the sum of weighted parts (eq. 7, with the total variation).
+    """The loss of a picture, and its gradient: the sum of weighted terms (eq. 7, with the total variation).
 
     content: (H, W, 3) uint8 RGB, the generated picture's size. style: such an array of any size, or a list of them;
     style_masks, one for each, and content_mask: (H, W) or (H, W, 3) uint8, white where it holds. Where the content is
     transparent, (H, W, 4) RGBA, neither content nor style counts, and of a transparent style only its opaque part.
-    weights: None for the trained network, "random", a file, or what load_weights returned. reuse: shared with other
-    objectives of the same weights and options. The options are the command's flags, that is the fields of Settings.
-    With tile=N all is computed tile by tile in bounded memory, and comes out the same: Gram matrices are sums over
-    positions, so the tiles' add up to the picture's, from which the style losses follow, and each tile's gradient
-    adds to the picture's where its window is.
+    weights: None for the trained network, "random", a file, or what load_weights returned. The options are the
+    command's flags, that is the fields of Settings. With tile=N all is computed tile by tile in bounded memory, and
+    comes out the same: Gram matrices are sums over positions, so the tiles' add up to the picture's, from which the
+    style losses follow, and each tile's gradient adds to the picture's where its window is.
 
     Calling it with x, (H, W, 3) float in input space, returns (loss: float, gradient: (H, W, 3) float64). Where memory
-    runs out it goes on in smaller tiles, of which `on_smaller_tiles` is told the pixels. Raises UserError for a bad
-    option.
+    runs out it goes on in smaller tiles. Raises UserError for a bad option.
     """
 
     def __init__(
@@ -669,29 +359,37 @@ class Objective:
         style_masks: Iterable[np.ndarray] = (),
         content_mask: np.ndarray | None = None,
         weights: Weights | str | None = None,
-        on_smaller_tiles: Callable[[int], None] = lambda tile: None,
-        reuse: Reuse | None = None,
         **options: Any,
     ):
         settings = Settings(**options, weights=None if isinstance(weights, dict) else weights)
         pictures = Pictures(*laid(content, style, settings.background), several(style_masks), content_mask)
         if not isinstance(weights, dict):
             weights, _ = load_weights(settings.weights, settings.seed, settings.model)
+        engine = Engine(Plan(settings.tile_pixels, settings.history), weights, settings.padding)
+        self._prepare(pictures, settings, engine, settings.content_weight, Watch())
+
+    @classmethod
+    def at(cls, stage: "Stage", engine: Engine, watch: Watch) -> "Objective":
+        """The objective of a stage's picture, computed by this engine."""
+        objective = cls.__new__(cls)
+        objective._prepare(stage.shown(), stage.settings, engine, stage.content_weight, watch)
+        return objective
+
+    def _prepare(
+        self, pictures: Pictures, settings: Settings, engine: Engine, content_weight: float, watch: Watch
+    ) -> None:
+        """pictures: as they are shown to the network; the content has the generated picture's size."""
         self.size = pictures.content.shape[0], pictures.content.shape[1]
-        self.model = settings.model
-        self.tile = int(settings.tile) if settings.tile.isdigit() else None
-        self.on_smaller_tiles = on_smaller_tiles
-        masks = pictures.masks(self.size)
-        losses = weighted_losses(settings, self.size, len(pictures.styles), masks)
-        check_sides({"content": pictures.content}, layers_of(losses))
-        shown = layers_of(loss for loss in losses if loss.name.startswith("style"))
-        check_sides(numbered("style", pictures.styles), shown)
-        placed = masks_at_places((loss.place for loss in losses), masks, self.size)
-        self.reuse = reuse or Reuse()
-        self.of_tile = TileLosses(losses, placed, self.size, weights, settings, self.reuse)
-        content_targets = self._in_memory(self._content_targets, to_input_space(filled(pictures.content)))
-        style_targets = self._in_memory(self._style_targets, pictures.styles)
-        self.of_tile = self.of_tile.aimed(content_targets, style_targets)
+        self.model, self.engine, self.watch = settings.model, engine, watch
+        self.tile = engine.tile_at(self.size)
+        terms = terms_of(pictures, settings, self.size, content_weight)
+        check_sides({CONTENT: pictures.content}, layers_of(terms), self.model)
+        check_sides(numbered(STYLE, pictures.styles), layers_of(terms, STYLE), self.model)
+        masks = masks_at_places((term.place for term in terms), pictures.masks(self.size), self.size)
+        self.tiled = TiledLoss(tuple(terms), masks, self.size, settings.pool_type)
+        content = self._in_memory(self._content_targets, to_input_space(filled(pictures.content)))
+        style = self._in_memory(self._style_targets, pictures.styles)
+        self.tiled = dataclasses.replace(self.tiled, content=content, style=style)
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         evaluation = self.evaluate(x)
@@ -704,8 +402,8 @@ class Objective:
         """
         if tuple(getattr(x, "shape", ())) != (*self.size, 3):
             raise UserError(f"x is no array of the content's shape, {(*self.size, 3)}")
-        parts, gradient = self._in_memory(self._two_passes, self.of_tile, x)
-        evaluation = Evaluation(parts, gradient)
+        parts, gradient = self._in_memory(self._two_passes, self.tiled, x)
+        evaluation = Evaluation(losses_of(self.tiled.terms, parts), parts, gradient)
         if not (math.isfinite(evaluation.loss) and all_finite(gradient)):
             raise UserError(f"the {self._part_gone_wrong(x)} loss is no longer finite; lower its weight", status=1)
         return evaluation
@@ -726,74 +424,70 @@ class Objective:
                     raise UserError("out of memory even in the smallest tiles; lower --image_size", status=1) from error
             # Only here: as long as the error is handled, it holds on to what was computed until then.
             self.tile = tile
-            self.on_smaller_tiles(tile)
+            self.watch.smaller_tiles(tile)
 
-    def _two_passes(self, of_tile: TileLosses, x: Tensor) -> tuple[dict[str, float], Tensor]:
-        """Each part and the gradient of all of x: two maps over the tiles, with the sum of Grams between them."""
-        tiles = self._tiles(self.size, of_tile.layers())
-        grams = self._grams(of_tile, x, of_tile.places("style")) if len(tiles) > 1 else {}
-        parts: dict[str, float] = {}
-        is_array = isinstance(x, np.ndarray)
-        gradient = np.zeros(x.shape, np.float64 if is_array else np.float32) if is_array or len(tiles) > 1 else None
-        for tile, (added, part) in zip(tiles, self.for_each(tiles, of_tile.parts_and_gradient, x, grams), strict=True):
-            if gradient is None:
-                gradient = part  # of the whole picture, which so never leaves the device
-            else:
-                gradient[tile.window] += as_array(part)
+    def _two_passes(self, tiled: TiledLoss, x: Tensor) -> tuple[dict[str, float], Tensor]:
+        """Each part and the gradient of all of x, of x's own kind: two maps over the tiles, with a sum between them."""
+        tiles = self._tiles(self.size, layers_of(tiled.terms))
+        if len(tiles) == 1:
+            ((parts, gradient),) = self.engine.map(tiles, tiled.parts_and_gradient, x, {})
+            if isinstance(x, np.ndarray):
+                return parts, as_array(gradient).astype(np.float64)
+            return parts, import_keras().ops.convert_to_tensor(gradient)
+        grams = self._grams(tiled, x, tiled.places(STYLE))
+        kinds = {term.name: term.kind for term in tiled.terms}
+        parts = {}
+        total = np.zeros(x.shape, np.float64 if isinstance(x, np.ndarray) else np.float32)
+        mapped = self.engine.map(tiles, tiled.parts_and_gradient, x, grams)
+        for tile, (added, gradient) in zip(tiles, mapped, strict=True):
+            total[tile.window] += as_array(gradient)
             for name, value in added.items():
-                parts[name] = value if name.startswith("style") else parts.get(name, 0.0) + value
-        return parts, gradient if is_array else import_keras().ops.convert_to_tensor(gradient)
+                parts[name] = value if kinds[name] == STYLE else parts.get(name, 0.0) + value
+        return parts, total if isinstance(x, np.ndarray) else import_keras().ops.convert_to_tensor(total)
 
-    def for_each(self, tiles: list[Tile], compute: Callable, *given: Any) -> Iterable:
-        """compute(tile, *given) of each tile in their order. Here they are computed one after another, in this process.
-
-        `compute` is a method of TileLosses; another way of computing tiles replaces this method, and nothing else.
-        """
-        return (compute(tile, *given) for tile in tiles)
-
-    def _tiles(self, size: tuple[int, int], layers: Collection[str]) -> list[Tile]:
+    def _tiles(self, size: Size, layers: Collection[str]) -> list[Tile]:
         """The tiles of a picture for what needs `layers`; as a whole, it is one tile."""
         # A style picture that is larger than the generated one is not computed in larger pieces than that.
         # Without layers there is only the total variation, which looks one pixel further.
         return tiles_of(size, self.tile or max(self.size) + 15, halo(layers, self.model) if layers else 1)
 
     def _grams(
-        self, of_tile: TileLosses, x: Tensor, places: list[Place], masks: dict[Place, np.ndarray] | None = None
+        self, tiled: TiledLoss, x: Tensor, places: list[Place], masks: dict[Place, np.ndarray] | None = None
     ) -> dict[Place, np.ndarray]:
-        """{place: (C, C)} of all of x: the sum of the tiles'. masks: as TileLosses.grams takes them."""
+        """{place: (C, C)} of all of x: the sum of the tiles'. masks: as TiledLoss.grams takes them."""
         # Style layers are seldom the deepest, so these tiles need less around them than those of the second pass.
         tiles = self._tiles(x.shape[:2], {place.layer for place in places})
         totals: dict[Place, np.ndarray] = {}
-        for grams in self.for_each(tiles, of_tile.grams, x, places, masks):
+        for grams in self.engine.map(tiles, tiled.grams, x, places, masks):
             for place, gram in grams.items():
                 totals[place] = totals.get(place, 0) + gram.astype(np.float64)
         return {place: total.astype(np.float32) for place, total in totals.items()}
 
     def _content_targets(self, x: np.ndarray) -> dict[str, np.ndarray]:
         """{layer: (h, w, C)} of the content picture."""
-        layers = [place.layer for place in self.of_tile.places("content")]
+        layers = [place.layer for place in self.tiled.places(CONTENT)]
         found = {
             layer: np.empty([n // stride(layer) for n in self.size] + [CHANNELS[self.model][layer]], np.float32)
             for layer in layers
         }
         tiles = self._tiles(self.size, layers)
-        for tile, own in zip(tiles, self.for_each(tiles, self.of_tile.own_features, x, layers), strict=True):
+        for tile, own in zip(tiles, self.engine.map(tiles, self.tiled.own_features, x, layers), strict=True):
             for layer, f in own.items():
-                found[layer][tile.at(stride(layer))[0]] = f
+                found[layer][tile.at(stride(layer)).own] = f
         return found
 
     def _style_targets(self, styles: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        """For each loss of a style: that style's Gram matrix, as if the style were as large as the picture."""
+        """For each style term: its style's Gram matrix, as if the style were as large as the picture."""
         targets = {}
         for number, style in enumerate(styles, 1):
-            kind = "style " if len(styles) == 1 else f"style {number} "
-            layers = {loss.name: loss.place.layer for loss in self.of_tile.losses if loss.name.startswith(kind)}
-            grams = self._grams_of_style(style, [Place(layer, "style") for layer in layers.values()])
-            for name, layer in layers.items():
+            terms = [term for term in self.tiled.terms if term.kind == STYLE and term.style in (0, number)]
+            grams = self._grams_of_style(style, [Place(term.place.layer, STYLE) for term in terms])
+            for term in terms:
                 own, other = (
-                    math.prod(length // stride(layer) for length in size[:2]) for size in (self.size, style.shape)
+                    math.prod(length // stride(term.place.layer) for length in size[:2])
+                    for size in (self.size, style.shape)
                 )
-                targets[name] = grams[Place(layer, "style")] * np.float32(own / other)
+                targets[term.name] = grams[Place(term.place.layer, STYLE)] * np.float32(own / other)
         return targets
 
     def _grams_of_style(self, style: np.ndarray, places: list[Place]) -> dict[Place, np.ndarray]:
@@ -804,57 +498,48 @@ class Objective:
 
         def compute() -> dict[Place, np.ndarray]:
             opaque = opaque_at_places(style, style.shape[:2], places)
-            return self._grams(self.of_tile, to_input_space(filled(style)), places, opaque)
+            return self._grams(self.tiled, to_input_space(filled(style)), places, opaque)
 
-        return self.reuse(key, compute)
+        return self.engine.cache.get(key, compute)
 
     def _part_gone_wrong(self, x: Tensor) -> str:
         """The name of the part whose value or gradient is not finite, each computed alone."""
-        for loss in self.of_tile.losses:
-            parts, gradient = self._two_passes(self.of_tile.only(loss.name), x)
-            if not (math.isfinite(parts[loss.name]) and all_finite(gradient)):
-                return loss.name
+        for term in self.tiled.terms:
+            parts, gradient = self._two_passes(self.tiled.only(term.name), x)
+            if not (math.isfinite(parts[term.name]) and all_finite(gradient)):
+                return term.name
         return "summed"
 
 
-def check_sides(pictures: dict[str, np.ndarray], layers: Collection[str]) -> None:
+def check_sides(pictures: dict[str, np.ndarray], layers: Collection[str], model: str) -> None:
     """Raise UserError if the deepest of the layers has no position of a picture, (H, W, C), each by its name."""
-    least = max(map(stride, layers), default=1)
-    for name, picture in pictures.items():
-        if min(picture.shape[:2]) < least:
-            raise UserError(f"the {name} picture's shape is {picture.shape}; {max(layers)} needs {least} pixels a side")
-
-
-def masks_at_places(
-    places: Iterable[Place], masks: dict[str, dict[str, np.ndarray]], size: tuple[int, int]
-) -> dict[Place, np.ndarray]:
-    """(h, w, 1) float32 for each place with a mask. A style's has a mean of 1, so a small part gets all of it.
-
-    masks: from Pictures.masks. Raises UserError if nothing of a mask is left at a place.
-    """
-    found = {}
-    for place in dict.fromkeys(places):
-        if place.mask in masks:
-            named = masks[place.mask]
-            mask = mask_on_grid(named.values(), size, stride(place.layer))
-            if not mask.any():
-                what = " times the ".join(named)
-                raise UserError(f"the {what} is all black at {place.layer}; it must be white somewhere")
-            found[place] = mask if place.mask == "content" else mask / mask.mean()
-    return found
-
-
-def opaque_at_places(style: np.ndarray, size: tuple[int, int], places: list[Place]) -> dict[Place, np.ndarray]:
-    """`masks_at_places` for a style shown as (rows, columns): how opaque it is there. Empty if it is opaque everywhere.
-
-    So its Gram matrix is that of a whole picture like its opaque part.
-    """
-    alpha = alpha_of(style)
-    alphas = {} if alpha is None else {"style": {"style's alpha": resize(alpha, size)}}
-    return masks_at_places(places, alphas, size)
+    for name, picture in pictures.items() if layers else ():
+        last = deepest(layers, model)
+        if min(picture.shape[:2]) < stride(last):
+            raise UserError(f"the {name} picture's shape is {picture.shape}; {last} needs {stride(last)} pixels a side")
 
 
 # --------------------------------------------------------------------------------- optimiser
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a run needs to go on: where it is, and what it has behind it at this size."""
+
+    x: np.ndarray  # (H, W, 3) float in input space, of the size that is painted: a coarse one, or the picture's
+    losses: tuple[Losses, ...] = ()  # at the start and after each iteration; none before the first evaluation
+    evaluations: int = 0
+    partial: bool = False  # whether it is within an iteration, not at the end of one
+    curvature: Callable[[], Curvature | None] = lambda: None  # what the optimiser knows here, as long as it is here
+
+    @property
+    def iteration(self) -> int:
+        """The iterations that are finished at this size."""
+        return max(0, len(self.losses) - 1)
+
+    @property
+    def size(self) -> Size:
+        return self.x.shape[0], self.x.shape[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -864,7 +549,7 @@ class Accepted:
     x: Tensor  # (H, W, 3) in input space, float64, or a float32 tensor on the device
     evaluation: Evaluation
     count: int
-    learnt: Callable[[], Curvature | None]  # what the optimiser knows there, as long as it is there
+    curvature: Callable[[], Curvature | None]  # as in State
 
 
 # What an optimiser is given, and what it gives: x is (H, W, 3) float in input space.
@@ -877,27 +562,18 @@ class Stopped(Exception):
 
 
 def minimise(
-    objective: Objective,
-    start: np.ndarray,
-    on_evaluation: Callable[[int, Evaluation], None] = lambda count, evaluation: None,
-    stop: Callable[[], bool] = lambda: False,
-    history: int = 10,
-    evaluations: int = 0,
-    iterations: int = 0,
-    optimizer: str = "scipy",
-    learnt: Callable[[], Curvature | None] = lambda: None,
+    objective: Objective, state: State, optimizer: str = "scipy", history: int = 10, watch: Watch | None = None
 ) -> Generator[Accepted, None, None]:
-    """The start, then the accepted point after every 20 evaluations, until the caller has had enough.
+    """The state's x, then the accepted point after every 20 evaluations, until the caller has had enough.
 
-    start: (H, W, 3) float in input space. `on_evaluation` is told the number of evaluations so far and the
-    latest. When `stop()` is true before an evaluation, or one fails, what has been accepted since the last point is
+    A run that goes on counts on from the evaluations and iterations of its state, and the device's optimiser from the
+    curvature there. When the watch says stop, or an evaluation fails, what has been accepted since the last point is
     handed over as a last one. Then what failed is raised, also to a caller who has had enough, or who could not save
     that point. The optimiser ends by itself only when it finds nothing better.
-    A run that goes on counts on from the `evaluations` and `iterations` that it has behind it, and the device's
-    optimiser from what it has `learnt`.
     """
-    count = max(0, evaluations - 1)  # the start, where an earlier run ended, is evaluated once more
-    handed_over = 0  # evaluations up to the last point that was
+    watch = watch or Watch()
+    count = max(0, state.evaluations - 1)  # x, where an earlier run ended, is evaluated once more
+    iterations, handed_over = state.iteration, 0  # evaluations up to the last point that was
     accepted: Accepted | None = None
     failure: BaseException | None = None
     curvature: Curvature | None = None
@@ -907,19 +583,20 @@ def minimise(
 
     def evaluate(x: np.ndarray) -> Evaluation:
         nonlocal count
-        if accepted and stop():
+        if accepted and watch.should_stop():
             raise Stopped
         evaluation = objective.evaluate(x)
         count += 1
-        on_evaluation(count, evaluation)
+        watch.evaluated(objective.size, count, evaluation)
         return evaluation
 
     try:
-        with contextlib.closing(OPTIMIZERS[optimizer](evaluate, start, history, learnt)) as points:
+        with contextlib.closing(ALGORITHMS[optimizer](evaluate, state.x, history, state.curvature)) as points:
             for x, evaluation, known in points:
-                first, curvature = not accepted, known
+                is_first = accepted is None
+                curvature = known
                 accepted = Accepted(x, evaluation, count, functools.partial(known_at, count))
-                if first:
+                if is_first:
                     yield accepted
                 elif count >= (iterations + 1) * EVALUATIONS_PER_ITERATION:
                     iterations, handed_over = iterations + 1, count
@@ -937,10 +614,10 @@ def minimise(
             raise failure
 
 
-def scipy_lbfgs(evaluate: Evaluate, start: np.ndarray, history: int, learnt: object = None) -> Points:
+def scipy_lbfgs(evaluate: Evaluate, start: np.ndarray, history: int, curvature: object = None) -> Points:
     """Every point that SciPy's L-BFGS-B accepts, the start first; `evaluate` may raise whatever ends it.
 
-    It works on the host in float64, and neither gives away what it has learnt nor can it be told.
+    It works on the host in float64, and neither gives away the curvature that it has found, nor can be given one.
 
     L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995) with `history` corrections runs once for the whole job, so that what it has
     learnt of the curvature survives from one iteration to the next, and with its own convergence tests off. When it
@@ -949,16 +626,16 @@ def scipy_lbfgs(evaluate: Evaluate, start: np.ndarray, history: int, learnt: obj
     """
     from scipy import optimize
 
-    def run(hand_over: Callable, closed: threading.Event) -> None:
+    def optimise(hand_over: Callable, closed: threading.Event) -> None:
         evaluation: Any = None  # the latest
 
         def loss_at(flat: np.ndarray) -> float:
             nonlocal evaluation
             if closed.is_set():
                 raise Closed
-            first = evaluation is None
+            is_first = evaluation is None
             evaluation = evaluate(flat.reshape(start.shape))
-            if first:
+            if is_first:
                 accept(flat)
             return evaluation.loss
 
@@ -989,55 +666,115 @@ def scipy_lbfgs(evaluate: Evaluate, start: np.ndarray, history: int, learnt: obj
             flat, loss = solve(flat)
             fruitless = 0 if loss < before else fruitless + 1
 
-    return as_generator(run)
+    return as_generator(optimise)
 
 
-OPTIMIZERS: dict[str, Callable[..., Points]] = {"scipy": scipy_lbfgs, "device": device_lbfgs}
+ALGORITHMS: dict[str, Callable[..., Points]] = {"scipy": scipy_lbfgs, "device": device_lbfgs}
 
 
-# ---------------------------------------------------------------------------------- painting
+# ------------------------------------------------------------------- stages, coarse to fine
 
 
-def stylize(
-    content: np.ndarray,
-    style: np.ndarray | list[np.ndarray],
-    *,
-    style_masks: tuple[np.ndarray, ...] = (),
-    content_mask: np.ndarray | None = None,
-    color_mask: np.ndarray | None = None,
-    **options: Any,
-) -> Generator[Iteration, None, None]:
-    """Paint `content` in the style of `style`, or of several: one Iteration after another.
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One size of the painting, of which the last is full size: what is shown to the network there, and for how long.
 
-    content, style: (H, W, 3) uint8 RGB, or (H, W, 4) RGBA, of any sizes; masks: (H, W, 3) or (H, W), white where
-    something holds. A transparent content makes the iterations' pictures RGBA, with its alpha. The options
-    are the command's flags, that is the fields of Settings, with the same defaults; all pictures are resized as the
-    command does it. Raises UserError for what the caller can mend.
+    What is as large as the pictures is made when it is asked for.
     """
-    settings = Settings(**options)
-    given = laid(content, style, settings.background)
-    pictures = Pictures(*given, several(style_masks), content_mask, color_mask, read_start(settings))
-    plan = planned(pictures, settings)
-    check_agreement(pictures, settings)  # after the plan: masks of a size that is too large would fill the memory
-    weights, _ = load_weights(settings.weights, settings.seed, settings.model)
-    return (iteration for iteration in paint(pictures, settings, weights, plan) if not iteration.coarse)
+
+    pictures: Pictures  # as they are, of any sizes
+    settings: Settings
+    size: Size
+    full_size: Size
+    iterations: int
+
+    @property
+    def is_full(self) -> bool:
+        return self.size == self.full_size
+
+    @property
+    def content_weight(self) -> float:
+        """What the content weighs here. With half the rows the mean over positions counts 4 times as much.
+
+        Style losses fall less far there, so with its full weight hardly anything of the photo was left.
+        """
+        times = math.prod(self.full_size) / math.prod(self.size)
+        exponent = 2 - self.settings.content_loss_type / 2  # the types have the positions in them
+        weight = self.settings.content_weight * times**exponent
+        return min(weight, sys.float_info.max)  # of an absurd weight the loss is said to be no longer finite
+
+    @property
+    def style_sizes(self) -> list[Size]:
+        """(rows, columns) in which each style is shown to the network. Raises UserError if any side is under 32."""
+        sizes = []
+        for style in self.pictures.styles:
+            rows = self.settings.style_size * self.size[0] // self.settings.image_size or self.size[0]
+            like = style.shape if self.settings.style_fit == "keep" else self.size
+            sizes.append((rows, rows * like[1] // like[0]))
+            if min(sizes[-1]) < MIN_SIDE:
+                raise UserError(
+                    f"a style picture would have {rows} x {sizes[-1][1]} pixels beside {self.size[0]} x "
+                    f"{self.size[1]}, but needs at least {MIN_SIDE} on each side; raise --style_size, or set "
+                    "--style_fit stretch"
+                )
+        return sizes
+
+    def shown(self) -> Pictures:
+        """The content and the styles in the sizes, and colours, in which the network is shown them here."""
+        content = resize(self.pictures.content, self.size)
+        sizes = zip(self.pictures.styles, self.style_sizes, strict=True)
+        styles = [resize(style, size) for style, size in sizes]
+        if self.settings.preserve_color == "match":
+            styles = [match_colours(style, content) for style in styles]
+        return dataclasses.replace(self.pictures, content=content, styles=tuple(styles))
+
+    def start(self) -> np.ndarray:
+        """(rows, columns, 3) float in input space: what --init_image says."""
+        settings, pictures = self.settings, self.pictures
+        if settings.init_image == "noise":
+            return np.random.default_rng(settings.seed).uniform(0, 255, (*self.size, 3)) - MEAN_BGR
+        if settings.init_image == "recolored":
+            shown = self.shown()
+            masks = [mask_on_grid(mask, self.size) for mask in pictures.style_masks]
+            weights = weights_of_styles(settings, len(pictures.styles))
+            return to_input_space(filled(recolour(shown.content, list(shown.styles), weights, masks)))
+        start = pictures.content if pictures.start is None else pictures.start
+        if settings.init_image == "gray":
+            start = np.asarray(Image.fromarray(filled(start)).convert("L").convert("RGB"))
+        return to_input_space(filled(resize(start, self.size)))
+
+    def carried_over(self, x: np.ndarray, coarser: "Stage") -> np.ndarray:
+        """x of a coarser stage as the start of this one: enlarged, with the detail that this one's own start has.
+
+        Where the network finds the photo's edges it keeps them: measured, less of the photo is lost so, and the loss is
+        lower.
+        """
+        enlarged = enlarge(x.astype(np.float32), self.size)
+        if self.settings.init_image == "noise":
+            return enlarged
+        return enlarged + self.start() - enlarge(coarser.start().astype(np.float32), self.size)
+
+    def finished(self, x: np.ndarray) -> np.ndarray:
+        """The picture that is shown for x of this stage: a coarse one is enlarged to full size."""
+        x = x if self.is_full else enlarge(x.astype(np.float32), self.full_size)
+        return finish(x, self.pictures.content, self.settings, self.pictures.color_mask)
+
+    def own_size(self, x: np.ndarray) -> np.ndarray:
+        """The same in this stage's own size."""
+        as_it_is = dataclasses.replace(self.settings, rescale_image=False)
+        return finish(x, self.pictures.content, as_it_is, self.pictures.color_mask)
 
 
-def check_agreement(pictures: Pictures, settings: Settings) -> None:
-    """Raise UserError if the pictures and the settings do not go together."""
-    weights_of_styles(settings, len(pictures.styles))
-    for size in picture_sizes(pictures.content.shape, settings):
-        masks = pictures.masks(size)
-        losses = weighted_losses(settings, size, len(pictures.styles), masks)
-        masks_at_places((loss.place for loss in losses), masks, size)
-        for style, shown in zip(pictures.styles, style_sizes(pictures.styles, size, settings), strict=True):
-            opaque_at_places(style, shown, [Place(layer, "style") for layer in settings.style_layers])
-    if pictures.color_mask is not None and settings.preserve_color != "luma":
-        raise UserError("--color_mask says where --preserve_color luma applies; give that flag as well")
+def stages_of(pictures: Pictures, settings: Settings) -> list[Stage]:
+    """The stages of a painting, the coarsest first. Raises UserError if one would be under 32 pixels."""
+    sizes = picture_sizes(pictures.content.shape, settings)
+    coarse = settings.coarse_iter * ((len(sizes) - 1) // len(settings.coarse_iter))
+    counts = zip(sizes, (*coarse, settings.num_iter), strict=True)
+    return [Stage(pictures, settings, size, sizes[-1], iterations) for size, iterations in counts]
 
 
-def picture_sizes(content_shape: tuple[int, ...], settings: Settings) -> list[tuple[int, int]]:
-    """(rows, columns) of the generated picture at each scale, the last being its own, for a content (H, W, 3).
+def picture_sizes(content_shape: tuple[int, ...], settings: Settings) -> list[Size]:
+    """(rows, columns) of the generated picture at each scale, the last being its full size, for a content (H, W, 3).
 
     Raises UserError if any side is under 32.
     """
@@ -1048,68 +785,14 @@ def picture_sizes(content_shape: tuple[int, ...], settings: Settings) -> list[tu
         if settings.maintain_aspect_ratio:
             columns = rows * content_shape[1] // content_shape[0]
         sizes.append((rows, columns))
-    if min(sizes[0]) < SMALLEST:
+    if min(sizes[0]) < MIN_SIDE:
         raise UserError(
             f"the {'coarsest' if settings.scales > 1 else 'generated'} picture would have "
-            f"{sizes[0][0]} x {sizes[0][1]} pixels, but needs at least {SMALLEST} on each side; raise --image_size, "
+            f"{sizes[0][0]} x {sizes[0][1]} pixels, but needs at least {MIN_SIDE} on each side; raise --image_size, "
             + ("lower --scales, " if settings.scales > 1 else "")
             + "or set --maintain_aspect_ratio False"
         )
     return sizes
-
-
-def style_sizes(styles: tuple[np.ndarray, ...], size: tuple[int, int], settings: Settings) -> list[tuple[int, int]]:
-    """(rows, columns) in which each style is shown to the network beside a picture of (rows, columns).
-
-    Raises UserError if any side is under 32.
-    """
-    sizes = []
-    for style in styles:
-        rows = settings.style_size * size[0] // settings.image_size or size[0]
-        like = style.shape if settings.style_fit == "keep" else size
-        sizes.append((rows, rows * like[1] // like[0]))
-        if min(sizes[-1]) < SMALLEST:
-            raise UserError(
-                f"a style picture would have {rows} x {sizes[-1][1]} pixels beside {size[0]} x {size[1]}, but needs at "
-                f"least {SMALLEST} on each side; raise --style_size, or set --style_fit stretch"
-            )
-    return sizes
-
-
-def saved_size(pictures: Pictures, settings: Settings) -> tuple[int, int]:
-    """(rows, columns) of the pictures that are shown and saved."""
-    rows, columns = pictures.content.shape[:2]
-    return (rows, columns) if settings.rescale_image else picture_sizes((rows, columns), settings)[-1]
-
-
-def held_by(pictures: Pictures, settings: Settings, frames: int = 0) -> Held:
-    """What painting them holds beside what is computed, with an animation of so many frames."""
-    size = picture_sizes(pictures.content.shape, settings)[-1]
-    shown = style_sizes(pictures.styles, size, settings)
-    return held_beside(pictures.named(), size, saved_size(pictures, settings), shown, settings, frames)
-
-
-def planned(
-    pictures: Pictures,
-    settings: Settings,
-    plan: Callable[..., Plan] = plan_memory,
-    free: tuple[float, float] | None = None,
-    outputs: Outputs | None = None,
-) -> Plan:
-    """The plan for painting them, and for the animation and report among the outputs.
-
-    plan, free: as Computing and Shared have them. Raises UserError if they do not fit, with the size that does.
-    """
-
-    def plan_at(image_size: int) -> Plan:
-        of = dataclasses.replace(settings, image_size=image_size)
-        sizes = picture_sizes(pictures.content.shape, of)
-        made = 1 + sum(iterations_at_sizes(sizes, of).values())
-        held = held_by(pictures, of, made if outputs and outputs.animation else 0)
-        reported = held_for_report(sizes[-1], made) if outputs and outputs.report else 0
-        return plan(sizes[-1], of, held._replace(kept=held.kept + reported), free)
-
-    return plan_or_advice(settings.image_size, plan_at)
 
 
 def finish(x: np.ndarray, content: np.ndarray, settings: Settings, color_mask: np.ndarray | None = None) -> np.ndarray:
@@ -1129,213 +812,150 @@ def finish(x: np.ndarray, content: np.ndarray, settings: Settings, color_mask: n
     return with_alpha_of(content, picture)
 
 
-def shown_picture(x: np.ndarray, size: tuple[int, int], pictures: Pictures, settings: Settings) -> np.ndarray:
-    """What is shown of x, (H, W, 3) float in input space, as a picture of (rows, columns): a coarse one is enlarged."""
-    full = x if x.shape[:2] == size else enlarge(x.astype(np.float32), size)
-    return finish(full, pictures.content, settings, pictures.color_mask)
+def check_agreement(pictures: Pictures, settings: Settings) -> None:
+    """Raise UserError if the pictures and the settings do not go together."""
+    weights_of_styles(settings, len(pictures.styles))
+    for stage in stages_of(pictures, settings):
+        terms = terms_of(pictures, settings, stage.size, stage.content_weight)
+        masks_at_places((term.place for term in terms), pictures.masks(stage.size), stage.size)
+        for style, size in zip(pictures.styles, stage.style_sizes, strict=True):
+            opaque_at_places(style, size, [Place(layer, STYLE) for layer in settings.style_layers])
+    if pictures.color_mask is not None and settings.preserve_color != "luma":
+        raise UserError("--color_mask says where --preserve_color luma applies; give that flag as well")
+
+
+def saved_size(pictures: Pictures, settings: Settings) -> Size:
+    """(rows, columns) of the pictures that are shown and saved."""
+    rows, columns = pictures.content.shape[:2]
+    return (rows, columns) if settings.rescale_image else picture_sizes((rows, columns), settings)[-1]
+
+
+def planned(
+    pictures: Pictures,
+    settings: Settings,
+    plan: Callable[..., Plan] = plan_memory,
+    bytes_kept: Callable[[list[Stage]], int] = lambda stages: 0,
+) -> Plan:
+    """The plan for painting them. Raises UserError if they do not fit, with the size that does.
+
+    plan: as plan_memory, given a size, settings and what is held; bytes_kept: what whoever saves the pictures keeps.
+    """
+
+    def plan_at(image_size: int) -> Plan:
+        stages = stages_of(pictures, dataclasses.replace(settings, image_size=image_size))
+        full = stages[-1]
+        saved = saved_size(pictures, full.settings)
+        held = held_beside(pictures.named(), full.size, saved, full.style_sizes, full.settings)
+        return plan(full.size, full.settings, held._replace(kept=held.kept + bytes_kept(stages)))
+
+    return plan_or_advice(settings.image_size, plan_at)
+
+
+# ---------------------------------------------------------------------------------- painting
+
+
+@dataclasses.dataclass(frozen=True)
+class Iteration:
+    """What one iteration, or a part of it, brought."""
+
+    number: int
+    picture: np.ndarray  # (H, W, 3) uint8 RGB, of full size; RGBA if the content has alpha
+    own_size: np.ndarray  # the same, but of a coarse stage in that stage's size
+    losses: Losses
+    parts: dict[str, float]  # the weighted loss of each term, by name; they add up to losses.total
+    improvement: float  # percent of the loss before; for the first, of the start picture's
+    seconds: float
+    is_coarse: bool  # whether it is of a stage before full size; the picture is enlarged
+    state: State  # to go on from
+
+    @property
+    def loss(self) -> float:
+        return self.losses.total
+
+
+def stylize(
+    content: np.ndarray,
+    style: np.ndarray | list[np.ndarray],
+    *,
+    style_masks: tuple[np.ndarray, ...] = (),
+    content_mask: np.ndarray | None = None,
+    color_mask: np.ndarray | None = None,
+    **options: Any,
+) -> Iterator[Iteration]:
+    """Paint `content` in the style of `style`, or of several: one Iteration after another.
+
+    content, style: (H, W, 3) uint8 RGB, or (H, W, 4) RGBA, of any sizes; masks: (H, W, 3) or (H, W), white where
+    something holds. A transparent content makes the iterations' pictures RGBA, with its alpha. The options
+    are the command's flags, that is the fields of Settings, with the same defaults; all pictures are resized as the
+    command does it. Raises UserError for what the caller can mend.
+    """
+    settings = Settings(**options)
+    contents, styles = laid(content, style, settings.background)
+    pictures = Pictures(contents, styles, several(style_masks), content_mask, color_mask, read_start(settings))
+    plan = planned(pictures, settings)
+    check_agreement(pictures, settings)  # after the plan: masks of a size that is too large would fill the memory
+    weights, _ = load_weights(settings.weights, settings.seed, settings.model)
+    iterations = paint(pictures, settings, Engine(plan, weights, settings.padding))
+    return (iteration for iteration in iterations if not iteration.is_coarse)
 
 
 def paint(
-    pictures: Pictures,
-    settings: Settings,
-    weights: Weights,
-    plan: Plan | None = None,
-    state: State | None = None,
-    on_evaluation: Callable[[tuple[int, int], int, Evaluation], None] = lambda size, count, evaluation: None,
-    stop: Callable[[], bool] = lambda: False,
-    on_smaller_tiles: Callable[[int], None] = lambda tile: None,
-    reuse: Reuse | None = None,
-    make: Callable[..., Objective] = Objective,
+    pictures: Pictures, settings: Settings, engine: Engine, state: State | None = None, watch: Watch | None = None
 ) -> Generator[Iteration, None, None]:
-    """`stylize` for settings, weights and maybe a plan that are at hand, going on from `state` if there is one.
-
-    `on_evaluation` is told the size that is painted, and what `minimise` tells; `stop` is as there, `on_smaller_tiles`
-    and `reuse` as in `Objective`. `make` is given what Objective is, and makes one.
-    """
-    shaped_by = state.shaped_by if state else what_shapes(pictures, settings, weights)
-    sizes = picture_sizes(pictures.content.shape, settings)
-    plan = plan or planned(pictures, settings)
-    # Workers may have other threads than this process, and so round otherwise.
-    way = way_of_computing(settings, plan) if make is Objective else ""
-    exact = state is None or (state.way == way != "")
-    x = state.x if state else start_picture(pictures, sizes[0], settings)
-    totals = iterations_at_sizes(sizes, settings)
-    for size in sizes[sizes.index(state.size) if state else 0 :]:
-        if x.shape[:2] != size:
-            x = carried_over(x, size, pictures, settings)
-        if not state:
-            state = State(x, np.empty((0, 4)), shaped_by, 0, False)
-        watch = functools.partial(on_evaluation, size)
-        objective = objective_at(size, pictures, settings, weights, plan.tile, on_smaller_tiles, reuse, make)
-        full, tile = size == sizes[-1], objective.tile
-        here = iterations_at(objective, state, settings, full, totals[size], watch, stop, plan.history)
-        with contextlib.closing(here):
-            for reached in here:
-                x, exact = reached.state.x, exact and objective.tile == tile
-                picture = shown_picture(x, sizes[-1], pictures, settings)
-                as_it_is = dataclasses.replace(settings, rescale_image=False)
-                yield reached._replace(
-                    picture=picture,
-                    own_size=picture if full else finish(x, pictures.content, as_it_is, pictures.color_mask),
-                    exact=exact and not reached.state.partial,
-                    state=dataclasses.replace(reached.state, way=way if exact else ""),
-                )
-        if stop():
+    """`stylize` with an engine that is at hand, of coarse stages too; it goes on from `state` if there is one."""
+    watch = watch or Watch()
+    stages = stages_of(pictures, settings)
+    first = next(number for number, stage in enumerate(stages) if not state or stage.size == state.size)
+    x, before = state.x if state else stages[0].start(), stages[first]
+    for stage in stages[first:]:
+        if x.shape[:2] != stage.size:
+            x = stage.carried_over(x, before)
+        here = state or State(x)
+        objective = Objective.at(stage, engine, watch)
+        with contextlib.closing(iterations_at(stage, objective, here, engine.plan.history, watch)) as iterations:
+            for iteration in iterations:
+                x = iteration.state.x
+                yield iteration
+        if watch.should_stop():
             return
-        state = None
+        state, before = None, stage
 
 
 def iterations_at(
-    objective: Objective,
-    state: State,
-    settings: Settings,
-    full: bool,
-    most: int,
-    on_evaluation: Callable[[int, Evaluation], None],
-    stop: Callable[[], bool],
-    history: int,
+    stage: Stage, objective: Objective, state: State, history: int, watch: Watch
 ) -> Generator[Iteration, None, None]:
-    """At most so many iterations at one size, from `state`; their pictures are not made yet. `full`: no coarse size."""
-    losses = list(state.losses)
-    if state.iteration >= most:
+    """The iterations of one stage, from `state` on."""
+    if state.iteration >= stage.iterations:
         return
-    clock, given = time.perf_counter(), state.evaluations
-    done = given, max(0, state.iteration)
-    points = minimise(objective, state.x, on_evaluation, stop, history, *done, settings.optimizer, state.learnt)
+    losses, clock = list(state.losses), time.perf_counter()
+    points = minimise(objective, state, stage.settings.optimizer, history, watch)
     with contextlib.closing(points):  # behind a part of an iteration that raises the failure that it ended with
-        if given == 0:
-            losses.append(loss_row(next(points).evaluation))
+        if not losses:
+            losses.append(next(points).evaluation.losses)
         for accepted in points:
-            if given and accepted.count == given:
+            if accepted.count == state.evaluations:
                 continue  # it is what was saved already
-            row = loss_row(accepted.evaluation)
-            number, before = len(losses), losses[-1][0]
+            seconds = time.perf_counter() - clock
+            found, number, before = accepted.evaluation.losses, len(losses), losses[-1].total
             partial = accepted.count < number * EVALUATIONS_PER_ITERATION
-            losses += [] if partial else [row]
-            reached = State(
-                as_array(accepted.x), np.array(losses), state.shaped_by, accepted.count, partial, learnt=accepted.learnt
-            )
-            improvement = improvement_of(before, row[0])
+            losses += [] if partial else [found]
+            x, improvement = as_array(accepted.x), improvement_of(before, found.total)
+            picture = stage.finished(x)
             yield Iteration(
                 number=number,
-                picture=(nothing := np.empty((0, 0, 3), np.uint8)),
-                own_size=nothing,
-                loss=row[0],
-                content_loss=row[1],
-                style_loss=row[2],
-                total_variation_loss=row[3],
-                improvement=improvement,
-                seconds=time.perf_counter() - clock,
-                evaluations=accepted.count,
+                picture=picture,
+                own_size=picture if stage.is_full else stage.own_size(x),
+                losses=found,
                 parts=accepted.evaluation.parts,
-                exact=False,
-                coarse=not full,
-                state=reached,
+                improvement=improvement,
+                seconds=seconds,
+                is_coarse=not stage.is_full,
+                state=State(x, tuple(losses), accepted.count, partial, accepted.curvature),
             )
-            del accepted  # its x is as large as the picture
+            del accepted, x, picture  # as large as the picture
             clock = time.perf_counter()
-            if number >= most or (full and is_enough(number, improvement, settings)):
+            if number >= stage.iterations or (stage.is_full and is_enough(number, improvement, stage.settings)):
                 return
-
-
-def way_of_computing(settings: Settings, plan: Plan) -> str:
-    """What must be the same for a run that goes on to make the same pictures, bit for bit, beside what shapes them."""
-    computed = computed_with(import_keras().backend.backend(), __version__).values()
-    return f"{settings.optimizer} with {plan.history} corrections, tile {plan.tile}, {', '.join(computed)}"
-
-
-def what_shapes(pictures: Pictures, settings: Settings, weights: Weights) -> dict[str, str]:
-    """All that decides a run's pictures, in words; runs of which it differs are not to be mixed."""
-    shapes = settings.decisive() | pictures.digests() | {"the weights' SHA-256": trunk_digest(weights)}
-    if pictures.start is not None:
-        del shapes["--init_image"]  # it is known by its digest, whatever path it has
-    return shapes
-
-
-def iterations_at_sizes(sizes: list[tuple[int, int]], settings: Settings) -> dict[tuple[int, int], int]:
-    """How many iterations there are to be at each of the sizes, coarsest first.
-
-    Five at each, measured with three scales: to the loss that 200 plain evaluations reach it takes 65, 127, 126 and 127
-    on four pairs at 256 rows, coarse ones counted by their pixels; with 2 it is 74, 166, 129 and 146, and with 10, then
-    5, 69, 131, 129 and 128. With the device's optimiser, three pairs at 400 rows: 50, 77 and 138, and with 10 at each
-    79, 101 and 168.
-    """
-    coarse = settings.coarse_iter * ((len(sizes) - 1) // len(settings.coarse_iter))
-    return dict(zip(sizes, (*coarse, settings.num_iter), strict=True))
-
-
-def objective_at(
-    size: tuple[int, int],
-    pictures: Pictures,
-    settings: Settings,
-    weights: Weights,
-    tile: int | None,
-    on_smaller_tiles: Callable[[int], None] = lambda tile: None,
-    reuse: Reuse | None = None,
-    make: Callable[..., Objective] = Objective,
-) -> Objective:
-    """The objective for the pictures resized for (rows, columns), whole or in tiles."""
-    content, styles = shown_at(size, pictures, settings)
-    given: dict[str, Any] = {"style_masks": pictures.style_masks, "content_mask": pictures.content_mask}
-    given |= {"weights": weights, "tile": str(tile or "off"), "on_smaller_tiles": on_smaller_tiles, "reuse": reuse}
-    given |= {"content_weight": content_weight_at(size, picture_sizes(pictures.content.shape, settings)[-1], settings)}
-    return make(content, styles, **vars(settings) | given)
-
-
-def content_weight_at(size: tuple[int, int], full: tuple[int, int], settings: Settings) -> float:
-    """What the content weighs while (rows, columns) are painted of a picture that is to be `full`.
-
-    With half the rows the mean over positions counts 4 times as much. Style losses fall less far there, so with its own
-    weight hardly anything of the photo was left; now it is there to be seen. Measured on coffee by great_wave at 256
-    rows, the loss of 200 plain evaluations took 101 with the own weight and 100 with this one; at 400 rows it takes 147
-    with this one, and 164 with 16 times as much for each halving.
-    """
-    times = math.prod(full) / math.prod(size)
-    weight = settings.content_weight * times ** (2 - settings.content_loss_type / 2)  # types have the positions in them
-    return min(weight, sys.float_info.max)  # of an absurd weight the loss is what is told to be no longer finite
-
-
-def shown_at(size: tuple[int, int], pictures: Pictures, settings: Settings) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The content and the styles as they are for a picture of (rows, columns), uint8 RGB, or with alpha."""
-    content = resize(pictures.content, size)
-    shapes = style_sizes(pictures.styles, size, settings)
-    styles = [resize(style, shape) for style, shape in zip(pictures.styles, shapes, strict=True)]
-    if settings.preserve_color == "match":
-        styles = [match_colours(style, content) for style in styles]
-    return content, styles
-
-
-def start_picture(pictures: Pictures, size: tuple[int, int], settings: Settings) -> np.ndarray:
-    """(rows, columns, 3) float in input space."""
-    if settings.init_image == "noise":
-        return np.random.default_rng(settings.seed).uniform(0, 255, (*size, 3)) - MEAN_BGR
-    if settings.init_image == "recolored":
-        content, styles = shown_at(size, pictures, settings)
-        masks = [mask_on_grid(mask, size) for mask in pictures.style_masks]
-        recoloured = recolour(content, styles, weights_of_styles(settings, len(styles)), masks)
-        return to_input_space(filled(recoloured))
-    start = pictures.content if pictures.start is None else pictures.start
-    if settings.init_image == "gray":
-        start = np.asarray(Image.fromarray(filled(start)).convert("L").convert("RGB"))
-    return to_input_space(filled(resize(start, size)))
-
-
-def carried_over(x: np.ndarray, size: tuple[int, int], pictures: Pictures, settings: Settings) -> np.ndarray:
-    """x of a coarser size as the start at (rows, columns): enlarged, with the detail that the first start has there.
-
-    Where the network finds the photo's edges it keeps them: measured, less of the photo is lost so, and the loss is
-    lower.
-    """
-    enlarged = enlarge(x.astype(np.float32), size)
-    if settings.init_image == "noise":
-        return enlarged
-    coarse = start_picture(pictures, (x.shape[0], x.shape[1]), settings)
-    return enlarged + start_picture(pictures, size, settings) - enlarge(coarse.astype(np.float32), size)
-
-
-def loss_row(evaluation: Evaluation) -> list[float]:
-    """The loss and its three parts."""
-    return [evaluation.sum_of(kind) for kind in ("", "content", "style", "total variation")]
 
 
 def improvement_of(before: float, loss: float) -> float:
@@ -1346,264 +966,3 @@ def improvement_of(before: float, loss: float) -> float:
 def is_enough(number: int, improvement: float, settings: Settings) -> bool:
     """Whether iteration `number` brought less than the user's minimum; the first always brings enough."""
     return number > 1 and improvement < settings.min_improvement
-
-
-# --------------------------------------------------------------------------------------- run
-
-
-class Shared(NamedTuple):
-    """What the runs of a folder's photos have in common."""
-
-    beside: dict[str, Any]  # all pictures but the content, from read_beside
-    free: tuple[float, float]  # from free_memory: TensorFlow takes a GPU's with the first photo, and keeps it
-    weights: Weights
-    reuse: Reuse
-    received: list[int]  # signals
-
-
-class Computing(NamedTuple):
-    """How a run computes: in this process, or as another program has it that is this one in all else."""
-
-    plan: Callable[[tuple[int, int], Settings, Held, tuple[float, float] | None], Plan] = plan_memory
-    device: Callable[[], str] = describe_device  # in words; it must be there before anything is moved
-    make: Callable[..., Objective] = Objective
-    program: tuple[str, ...] = ("deepstyle.py",)  # and flags of its own, for the command that makes the picture again
-    end: Callable[[], None] = lambda: None  # lets go of what `device` has begun
-    repeatable: Callable[[], bool] = on_cpu  # whether sums are rounded alike from run to run, on the same machine
-
-
-HERE = Computing()
-
-
-def run(
-    arguments: argparse.Namespace,
-    settings: Settings,
-    shared: Shared | None = None,
-    name: str = "",
-    computing: Computing = HERE,
-) -> Ending:
-    """One photo: check everything, paint, show and save each iteration.
-
-    Of a folder's, by its name, there are only the bar and what is moved aside to see.
-    """
-    pictures = read_inputs(arguments, settings, shared.beside if shared else None)
-    *coarser, size = picture_sizes(pictures.content.shape, settings)
-    outputs = outputs_of(arguments)
-    totals = iterations_at_sizes([*coarser, size], settings)
-    plan = planned(pictures, settings, computing.plan, shared.free if shared else None, outputs)
-    outputs.keeps = kept_bytes(size, plan.history) if settings.optimizer == "device" else 0
-    check_agreement(pictures, settings)  # after the plan, as in `stylize`
-    outputs.check(input_paths(arguments, settings), saved_size(pictures, settings))
-    outputs.check_extras_are_ours()
-    named = settings.weights, settings.seed, settings.model, arguments.quiet
-    weights, source = (shared.weights, "") if shared else load_weights(*named)
-    console = console_for(arguments.quiet)
-    show: Callable[[str], None] = (lambda line: None) if shared else console.print
-    shapes, defaults = what_shapes(pictures, settings, weights), Settings().decisive()
-
-    def begin(state: State | None, device: str) -> None:
-        device = "CPU" if computing.repeatable() else device
-        outputs.made = how_it_is_made(arguments, settings, plan, computing.program, device)
-        outputs.begin(
-            lambda: shown_picture(start_picture(pictures, size, settings), size, pictures, settings),
-            totals,
-            state,
-            pictures.named(),
-            dataclasses.asdict(Settings()),
-        )
-
-    with (
-        signals_as_wishes(shared.received if shared else None) as received,
-        outputs.owned() as note,
-        contextlib.ExitStack() as at_the_end,
-    ):
-        at_the_end.callback(computing.end)
-        if note and not shared:
-            outputs.note(note)
-        state = read_state(outputs.state_path, shapes, defaults) if arguments.resume else None
-        full = state if state and state.size == size else None
-        done = full.iteration if full else 0
-        if state:
-            outputs.expect(state, not full, lambda: shown_picture(state.x, size, pictures, settings))
-        if full and (nothing := why_nothing_to_do(full, settings)):
-            if outputs.is_behind(full):
-                begin(full, "another device")
-            for path in outputs.finish():
-                show(f"saved {path}")
-            if not (arguments.quiet or shared):
-                tell(f"nothing to do: {nothing}")
-            return Ending(0, False, float(full.losses[-1][0]), outputs.latest_picture(done))
-        device = computing.device()
-        if received:
-            tell(f"{name}stopped before the painting began")
-            return Ending(128 + received[0], False)
-        if not state and (moved := outputs.clear_the_way(arguments.overwrite)):
-            console.print(printable(moved) if shared else moved)
-        if arguments.resume:
-            show(where_it_goes_on(state, size))
-        show(f"painting {size[0]} x {size[1]} pixels on {device}; {source}")
-        show(plan.in_words(settings.history))
-        if settings.optimizer == "device" and not outputs.keeps:
-            show("what L-BFGS learns would be gigabytes and is not kept: after --resume it is learnt again")
-        if coarser and not full:
-            show("first " + ", then ".join(f"{rows} x {columns}" for rows, columns in coarser) + " pixels")
-
-        def on_smaller_tiles(tile: int) -> None:
-            console.print(f"{name}out of memory: trying again in tiles of at most {tile} pixels")
-
-        begin(state, device)
-        with progress_bar(console, totals, EVALUATIONS_PER_ITERATION, name) as advance:
-
-            def on_evaluation(size: tuple[int, int], count: int, evaluation: Evaluation) -> None:
-                advance(size, count, evaluation.loss)
-                outputs.add_evaluation(size, count, loss_row(evaluation))
-
-            reuse = shared.reuse if shared else None
-            watch = on_evaluation, lambda: bool(received), on_smaller_tiles
-            iterations = paint(pictures, settings, weights, plan, state, *watch, reuse, computing.make)
-            last = save_all(iterations, outputs, totals, show, lambda: bool(received))
-        if received:
-            tell(name + describe_stop(last, state, size))
-            return Ending(128 + received[0], True)
-    if early := why_early(last, done, settings):
-        show(early)
-    if last:
-        return Ending(0, True, last.loss, outputs.latest_picture(0 if last.coarse else last.number))
-    return Ending(0, True, float(full.losses[-1][0]) if full else None, outputs.latest_picture(done))
-
-
-def why_nothing_to_do(state: State, settings: Settings) -> str:
-    """Why a run that goes on from this state, of full size, has nothing left to do, in words; empty if it has."""
-    if state.iteration >= settings.num_iter:
-        return f"{state.iteration} iterations are done; a larger --num_iter goes on from there"
-    ended = state.iteration and not state.partial
-    if ended and is_enough(state.iteration, improvement_of(*state.losses[-2:, 0]), settings):
-        least = f"the last iteration improved by less than {settings.min_improvement} %"
-        return f"{least}; a smaller --min_improvement goes on from there"
-    return ""
-
-
-def why_early(last: Iteration | None, done: int, settings: Settings) -> str:
-    """Why a run that nobody stopped has ended before its time, in words; empty if it has not.
-
-    last: its last iteration, if it had any; done: iterations in full size before.
-    """
-    number = last.number if last and not last.coarse else done
-    if last and not last.state.partial:
-        if number >= settings.num_iter:
-            return ""
-        if is_enough(number, last.improvement, settings):
-            return f"stopped: the last iteration improved by less than {settings.min_improvement} %"
-    return "stopped: the optimiser finds no better picture than the last"
-
-
-def run_folder(arguments: argparse.Namespace, settings: Settings) -> int:
-    """A run of each photo of a folder, one after another. Returns the exit status.
-
-    What is wrong with all of them is raised before anything is created; what is wrong with one is told, and at the end
-    once more, and stops no other.
-    """
-    free = free_memory(settings.max_memory)
-    batch, beside = check_folder(arguments, settings, free)
-    for photo in batch.photos:
-        with batch.failures(photo):
-            photo.check()
-            picture_sizes(shape_of(str(photo.path), arguments.allow_large), settings)
-    if not batch.left():
-        return batch.end()
-    weights, source = load_weights(settings.weights, settings.seed, settings.model, arguments.quiet)
-    batch.show(f"painting {counted(len(batch.left()), 'photo')} on {describe_device()}; {source}")
-    with signals_as_wishes() as received, batch.owned(arguments.report) as note:
-        if note and not arguments.quiet:
-            tell(note)
-        shared = Shared(beside, free, weights, Reuse(), received)
-        for photo in batch.left():
-            if not received:
-                with batch.failures(photo), batch.line_for(photo) as name:
-                    photo.ending = run(arguments_for(photo, arguments), settings, shared, name)
-                if arguments.report:
-                    batch.write_page(arguments.report, arguments.content, arguments.style)
-        return batch.end(128 + received[0] if received else 0)
-
-
-def check_folder(
-    arguments: argparse.Namespace, settings: Settings, free: tuple[float, float]
-) -> tuple[Batch, dict[str, Any]]:
-    """The photos, and the pictures that all share. Raises UserError for what is wrong whatever the photo."""
-    folder, results = Path(arguments.content), base_path(os.path.join(arguments.prefix, "")).parent
-    batch = Batch(photos_in(folder, results), results, console_for(arguments.quiet).print, arguments.debug)
-    common = arguments_for(Photo(folder, results), arguments)
-    outputs_of(common).check(input_paths(common, settings), (SMALLEST, SMALLEST))
-    if arguments.report:
-        batch.check_page(arguments.report)
-    beside = read_beside(arguments, settings)
-    # What a square photo would be refused for is no photo's fault, but that it is too large.
-    square = Pictures(np.zeros((SMALLEST, SMALLEST, 3), np.uint8), **beside)
-    with contextlib.suppress(TooLarge):
-        planned(square, settings, free=free)
-        check_agreement(square, settings)
-    if not arguments.quiet and (passed_over := folders_in(folder, results)):
-        tell(f"folders in '{folder}' are not looked into: {words(passed_over)}")
-    return batch, beside
-
-
-MASKS = ("style_masks", "content_mask", "color_mask")
-
-
-def how_it_is_made(
-    arguments: argparse.Namespace,
-    settings: Settings,
-    plan: Plan,
-    program: tuple[str, ...] = HERE.program,
-    device: str = "CPU",
-) -> dict[str, Any]:
-    """All that a picture's text says of its command: with the plan as it was, however much memory there is later.
-
-    It does not end early: a run that was gone on with may have made pictures that come after such an end.
-    """
-    planned = {"tile": str(plan.tile or "off"), "history": plan.history, "max_memory": 0.0, "min_improvement": 0.0}
-    return {
-        "version": __version__,
-        "program": program,
-        "settings": dataclasses.asdict(settings) | planned,
-        "pictures": [arguments.content, *arguments.style],
-        "prefix": arguments.prefix,
-        "masks": {name: getattr(arguments, name) for name in MASKS if getattr(arguments, name)},
-        "allow_large": arguments.allow_large,
-        "backend": (backend := import_keras().backend.backend()),
-        "device": device,
-        "computed with": computed_with(backend, __version__),
-    }
-
-
-@without_warnings()
-def main(
-    argv: list[str] | None = None,
-    parser: Parser | None = None,
-    run_one: Callable[[argparse.Namespace, Settings], Ending] | None = None,
-) -> int:
-    """The command. Returns its exit status; see the README for what each means.
-
-    Another program's parser may know more arguments than `command_line`, and its `run_one` what to do with them.
-    """
-    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
-    fill_closed_descriptors()
-    try:
-        arguments = (parser or command_line()).parse_args(argv)
-        names = [field.name for field in dataclasses.fields(Settings)]
-        settings = Settings(**{name: getattr(arguments, name) for name in names})
-        if os.path.isdir(arguments.content) and not run_one:
-            return run_folder(arguments, settings)
-        return (run_one or run)(arguments, settings).status
-    except SystemExit as ending:  # --help and --version
-        return int(ending.code or 0)
-    except KeyboardInterrupt:
-        tell("interrupted; the same command with --resume goes on from what is saved")
-        return 130
-    except Exception as error:
-        tell(f"error: {in_words(error, debug)}")
-        return error.status if isinstance(error, UserError) else 1
-
-
-if __name__ == "__main__":
-    leave(main())

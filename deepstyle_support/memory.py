@@ -5,7 +5,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -13,12 +13,13 @@ import psutil
 from .device import gpu_memory
 from .limits import left_by_cgroups, left_by_ulimits
 from .messages import UserError
+from .settings import MAX_HISTORY, Settings
 from .vgg import CHANNELS, halo, stride
 
-SMALLEST = 32  # rows and columns of a picture that is computed: conv5 then has 2 x 2 positions
+MIN_SIDE = 32  # rows and columns of a picture that is computed: conv5 then has 2 x 2 positions
 LARGE_TILE = 512  # pixels: at 1024 x 1024 tiles of this size take 2 times as long as the whole, tiles of 128 6 times
 SMALL_TILE = 128
-FEW_CORRECTIONS, MOST_CORRECTIONS = 5, 1000  # of which some dozens are of use
+MIN_CORRECTIONS = 5  # fewer only if so few are asked for
 # Beyond 2 m for m corrections, so that the plan is no less than the peaks measured: at 4096 x 4096 in tiles of 512 that
 # would be 8, at 6048 x 8064 in tiles of 576 10.3.
 DEVICE_VECTORS = 11
@@ -41,36 +42,13 @@ RAY = 400e6  # of Ray's own processes
 Size = tuple[int, int]  # (rows, columns)
 
 
-class Wishes(Protocol):
-    """What of a run's settings the plan depends on; the fields of Settings with these names."""
-
-    @property
-    def tile(self) -> str: ...
-    @property
-    def history(self) -> int: ...
-    @property
-    def max_memory(self) -> float: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def content_layer(self) -> tuple[str, ...]: ...
-    @property
-    def padding(self) -> str: ...
-    @property
-    def optimizer(self) -> str: ...
-    @property
-    def preserve_color(self) -> bool | str: ...
-    @property
-    def init_image(self) -> str: ...
-
-
 class Plan(NamedTuple):
     """How a picture is computed in the memory that there is."""
 
     tile: int | None  # pixels of a tile's side at most; None: the whole picture at once
     history: int  # corrections that L-BFGS keeps
-    needed: float  # bytes at the peak, estimated; without those on a GPU
-    free: float
+    needed: float = 0  # bytes at the peak, estimated; without those on a GPU
+    free: float = 0
     on_gpu: tuple[float, float] | None = None  # bytes needed and free there
 
     def in_words(self, wished_history: int) -> str:
@@ -106,7 +84,7 @@ class TooLarge(UserError):
 
 
 def plan_memory(
-    size: Size, settings: Wishes, held: Held = NOTHING, found: tuple[float, float] | None = None, workers: int = 0
+    size: Size, settings: Settings, held: Held = NOTHING, found: tuple[float, float] | None = None, workers: int = 0
 ) -> Plan:
     """The quickest way to paint a picture of (rows, columns) in the memory that is free, with what is held beside.
 
@@ -121,8 +99,8 @@ def plan_memory(
     if plan := way_that_fits(size, settings, held, found, workers):
         return plan
     free, gpu_free = found
-    tile = SMALL_TILE if settings.tile == "auto" else given_tile(settings)
-    fewest = min(settings.history, FEW_CORRECTIONS)
+    tile = SMALL_TILE if settings.tile == "auto" else settings.tile_pixels
+    fewest = min(settings.history, MIN_CORRECTIONS)
     with_fewest, without = (
         needed_by_all(workers, bool(gpu_free), size, tile, history, settings) for history in (fewest, 0)
     )
@@ -171,9 +149,9 @@ def plan_or_advice(image_size: int, plan: Callable[[int], Plan]) -> Plan:
         raise TooLarge(f"{error}, {advice}{error.remedy}") from error
 
 
-def way_that_fits(size: Size, settings: Wishes, held: Held, found: tuple[float, float], workers: int) -> Plan | None:
+def way_that_fits(size: Size, settings: Settings, held: Held, found: tuple[float, float], workers: int) -> Plan | None:
     """The plan for a picture of (rows, columns) in the bytes that were `found`, here and on a GPU; None without one."""
-    side, fewest = max(size), min(settings.history, FEW_CORRECTIONS)
+    side, fewest = max(size), min(settings.history, MIN_CORRECTIONS)
     free, gpu_free = found
 
     def needed_with(tile: int | None, history: int) -> Needed:
@@ -194,7 +172,7 @@ def way_that_fits(size: Size, settings: Wishes, held: Held, found: tuple[float, 
             room = gpu_free - on_gpu
         return min(settings.history, room // bytes_per_correction(size, settings.optimizer))
 
-    tile = given_tile(settings) if settings.tile != "auto" else quickest_tile(side, fewest, corrections)
+    tile = settings.tile_pixels if settings.tile != "auto" else quickest_tile(side, fewest, corrections)
     history = corrections(tile)
     if history < fewest:
         return None
@@ -234,11 +212,6 @@ def smaller_tile(size: Size, tile: int | None) -> int | None:
     return max(SMALL_TILE, side // 2 // 16 * 16) if side > SMALL_TILE else None
 
 
-def given_tile(settings: Wishes) -> int | None:
-    """The number that --tile is; None for off."""
-    return None if settings.tile == "off" else int(settings.tile)
-
-
 def bytes_per_vector(size: Size, optimizer: str) -> int:
     """A vector of L-BFGS: 3 channels in SciPy's float64, or in float32 on the device."""
     return 3 * (8 if optimizer == "scipy" else 4) * math.prod(size)
@@ -254,7 +227,7 @@ def corrections_of_scipy(size: Size) -> int:
 
     n: the numbers of the picture, m: the corrections. With more of them it ends the process.
     """
-    n, m = 3 * math.prod(size), MOST_CORRECTIONS
+    n, m = 3 * math.prod(size), MAX_HISTORY
     return (2**31 - 1 - 5 * n - 11 * m**2 - 8 * m) // (2 * n)
 
 
@@ -280,7 +253,7 @@ def at_first(needed: Needed, held: Held, gpu: bool, optimizer: str) -> float:
 
 
 def peaks(
-    needed: Needed, without: Needed, held: Held, settings: Wishes, found: tuple[float, float]
+    needed: Needed, without: Needed, held: Held, settings: Settings, found: tuple[float, float]
 ) -> tuple[float, float]:
     """Bytes of main memory and of a GPU, if one was found, that a whole run takes at most.
 
@@ -291,7 +264,7 @@ def peaks(
     return max(here + held.kept, at_first(without, held, gpu, settings.optimizer)), on_gpu
 
 
-def needed_memory(size: Size, tile: int | None, history: int, settings: Wishes) -> Needed:
+def needed_memory(size: Size, tile: int | None, history: int, settings: Settings) -> Needed:
     """What a picture of (rows, columns) needs in tiles of this size, or as a whole, with so many corrections.
 
     The numbers are fitted to measured peaks on a CPU (TensorFlow 2.21); benchmarks/speed.py shows both.
@@ -317,7 +290,7 @@ def needed_memory(size: Size, tile: int | None, history: int, settings: Wishes) 
     return Needed(computing, needed, LOADED + pixels * targets)
 
 
-def needed_by_all(workers: int, on_gpus: bool, size: Size, tile: int | None, history: int, settings: Wishes) -> Needed:
+def needed_by_all(workers: int, on_gpus: bool, size: Size, tile: int | None, history: int, settings: Settings) -> Needed:
     """`needed_memory` of one process, or of this one and `workers` that compute for it; on GPUs, of each GPU.
 
     Beside them Ray's store holds x, once more than this process, the content's features, and of each worker two
@@ -361,9 +334,9 @@ def shared_tile(size: Size, at_most: int | None, workers: int, model: str, kept:
 
 
 def held_beside(
-    inputs: Mapping[str, np.ndarray], size: Size, saved: Size, styles: Sequence[Size], settings: Wishes, frames: int
+    inputs: Mapping[str, np.ndarray], size: Size, saved: Size, styles: Sequence[Size], settings: Settings
 ) -> Held:
-    """What a run holds beside what is computed: its inputs, what is made of them, and an animation of so many frames.
+    """What a run holds beside what is computed: its inputs, and what is made of them.
 
     inputs: (H, W, 3 or 4) or (H, W) uint8, by the names that Pictures gives them; (rows, columns) of the picture that
     is painted, of those that are saved, and of the styles as they are shown to the network.
@@ -373,9 +346,7 @@ def held_beside(
     masks = [math.prod(one.shape[:2]) for name, one in inputs.items() if "mask" in name]
     clear = content.shape[2] == 4
     coloured, masked = settings.preserve_color == "luma", "color mask" in inputs
-    channels = 4 if clear else 3
     a_pixel = SAVING + SAVING_COLOURED * coloured + SAVING_MASKED * masked + SAVING_CLEAR * clear
-    a_pixel += 4 * channels * frames + ANIMATING if frames else 0
     read = sum(picture.nbytes for picture in inputs.values())
     kept = read + math.prod(saved) * a_pixel + pixels * PLACED_MASK * (len(masks) - masked + clear)
     kept += coloured * RESIZING * math.prod(content.shape[:2])
@@ -388,6 +359,11 @@ def held_beside(
     if settings.preserve_color == "match" or settings.init_image == "recolored":
         before.append(resized + COLOURING * max(pixels, *shown) + BAND)
     return Held(kept, resized + SHOWING * max(shown), read + max(before))
+
+
+def held_for_animation(saved: Size, channels: int, frames: int) -> int:
+    """Bytes of an animation of so many frames of (rows, columns): they are kept, and copied when it is written."""
+    return math.prod(saved) * (4 * channels * frames + ANIMATING)
 
 
 def free_memory(cap: float) -> tuple[float, float]:

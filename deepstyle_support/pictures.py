@@ -1,25 +1,21 @@
-"""Pictures as arrays: sizes, colours, masks. No network, and nothing of what a setting decides."""
+"""The pictures that a run works on, checked together."""
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple
+import os
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from .bands import bands
-from .messages import UserError
+from .images import resize
+from .masks import shows, whitened
+from .messages import UserError, require_choice
+from .reading import read_picture
+from .settings import Settings
 from .transparency import alpha_of, laid_on
-
-RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "cubic": Image.Resampling.BICUBIC,
-}
-MEAN_BGR = np.array([103.939, 116.779, 123.68], np.float32)  # of the ImageNet training pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +93,6 @@ def several(given: Any) -> tuple[Any, ...]:
     return tuple(given) if isinstance(given, Iterable) and not isinstance(given, np.ndarray) else (given,)
 
 
-def whitened(mask: Any) -> Any:
-    """A mask of bool as uint8, 255 where it is true; any other as it is."""
-    return mask * np.uint8(255) if isinstance(mask, np.ndarray) and mask.dtype == bool else mask
-
-
 def check_array(name: str, picture: object) -> None:
     """Raise UserError unless the picture, or the mask, of this name is an array of a shape and kind that it may have.
 
@@ -128,163 +119,13 @@ def laid(content: Any, style: Any, colour: str | None) -> tuple[np.ndarray, tupl
     return laid_on(content, colour), tuple(laid_on(style, colour) for style in styles)
 
 
-def shows(mask: np.ndarray) -> bool:
-    """Whether some of a mask, (H, W) or (H, W, 3) uint8, is not black as a grey."""
-    return Image.fromarray(mask).convert("L").getbbox() is not None
-
-
-def resize(picture: np.ndarray, size: tuple[int, int], method: str = "bilinear") -> np.ndarray:
-    """picture: (H, W, 3) uint8, or (H, W, 4) with alpha, resized by Pillow to (rows, columns, 3 or 4) uint8.
-
-    Of transparent ones Pillow weights the colours by their alpha, so what is beneath does not show.
-    """
-    to = size[::-1], RESAMPLING[method]
-    if picture.shape[2:] != (3,):
-        return np.asarray(Image.fromarray(picture).resize(*to))
-    resized = np.empty((*size, 3), np.uint8)
-    for channel in range(3):  # one at a time, since all of them Pillow would copy
-        resized[..., channel] = np.asarray(Image.fromarray(picture[..., channel]).resize(*to))
-    return resized
-
-
-def mask_on_grid(mask: np.ndarray | Collection[np.ndarray], size: tuple[int, int], stride: int = 1) -> np.ndarray:
-    """mask: (H, W) or (H, W, 3) uint8 -> (h, w, 1) float32 in 0..1: its mean over each position of a layer.
-
-    Several masks, of any sizes, are multiplied. size: (rows, columns) of the generated picture, stride: its pixels from
-    one position to the next.
-    """
-    values, *others = (
-        np.asarray(Image.fromarray(one).convert("L").convert("F").resize(size[::-1], Image.Resampling.BOX))
-        for one in ([mask] if isinstance(mask, np.ndarray) else mask)
-    )
-    for other in others:
-        values = values * (other / 255)
-    rows, columns = (length // stride for length in size)  # pooling leaves out what remains
-    blocks = values[: rows * stride, : columns * stride].reshape(rows, stride, columns, stride, 1)
-    return blocks.mean((1, 3)) / 255
-
-
-def enlarge(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """x: (H, W, 3) float32, resized to (rows, columns, 3) float32 without rounding."""
-    channels = [np.asarray(Image.fromarray(x[..., c]).resize(size[::-1], Image.Resampling.BICUBIC)) for c in range(3)]
-    return np.stack(channels, axis=-1)
-
-
-def to_input_space(picture: np.ndarray) -> np.ndarray:
-    """picture: (H, W, 3) uint8 RGB -> (H, W, 3) float32, BGR, mean subtracted."""
-    x = picture[..., ::-1].astype(np.float32)
-    x -= MEAN_BGR  # in its place: of large pictures each copy counts
-    return x
-
-
-def from_input_space(x: np.ndarray) -> np.ndarray:
-    """x: (H, W, 3) float, BGR, mean subtracted -> (H, W, 3) uint8 RGB, rounded and clipped."""
-    picture = np.empty(x.shape, np.uint8)
-    for rows in bands(*x.shape[:2]):
-        picture[rows] = np.clip(np.rint(x[rows] + MEAN_BGR), 0, 255)[..., ::-1]
-    return picture
-
-
-def with_colours_of(content: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    """The luma of `picture` with the chroma of `content` (YCbCr); all (H, W, 3) uint8 RGB."""
-    coloured = np.empty_like(picture)
-    for rows in bands(*picture.shape[:2]):
-        luma = Image.fromarray(picture[rows]).convert("YCbCr").getchannel("Y")
-        _, blue, red = Image.fromarray(content[rows]).convert("YCbCr").split()
-        coloured[rows] = np.asarray(Image.merge("YCbCr", (luma, blue, red)).convert("RGB"))
-    return coloured
-
-
-def match_colours(style: np.ndarray, content: np.ndarray) -> np.ndarray:
-    """The style with the mean and covariance of the content's colours; all (H, W, 3) uint8 RGB, or with alpha.
-
-    Each pixel p becomes A (p - mean_style) + mean_content with A = S_content^(1/2) S_style^(-1/2), S being the
-    covariance of RGB (Gatys et al. 2016, arXiv 1606.05897, section 5.1).
-    """
-
-    return with_colours(style, colours(style), colours(content))
-
-
-class Colours(NamedTuple):
-    """Of a picture's RGB values."""
-
-    mean: np.ndarray  # (3,)
-    covariance: np.ndarray  # (3, 3)
-
-
-def colours(picture: np.ndarray, mask: np.ndarray | None = None) -> Colours:
-    """Of a picture, (H, W, 3) uint8, each pixel counting as much as the mask, (H, W, 1) floats, is there.
-
-    With alpha, (H, W, 4), it counts only as much as it is opaque.
-    """
-    alpha, size = alpha_of(picture), picture.shape[:2]
-
-    def weighted(rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        """The pixels of some rows, (n, 3), and how much each counts, (n, 1)."""
-        counts = np.ones((picture[rows].shape[0], size[1], 1)) if mask is None else mask[rows].astype(np.float64)
-        if alpha is not None:
-            counts = counts * (alpha[rows, :, None] / 255)
-        return picture[rows, :, :3].reshape(-1, 3).astype(np.float64), counts.reshape(-1, 1)
-
-    total, mean, covariance = 0.0, np.zeros(3), np.zeros((3, 3))
-    for rows in bands(*size):
-        pixels, counts = weighted(rows)
-        total, mean = total + counts.sum(), mean + (counts * pixels).sum(0)
-    mean = mean / total
-    for rows in bands(*size):
-        pixels, counts = weighted(rows)
-        covariance += (counts * (pixels - mean)).T @ (pixels - mean)
-    # A mask may leave a single pixel.
-    return Colours(mean, covariance / (total - 1 if mask is None and alpha is None else total))
-
-
-def mixture(parts: list[Colours], shares: list[float]) -> Colours:
-    """Those of a picture that holds so much of each part; the shares add up to 1."""
-    mean = sum((share * part.mean for share, part in zip(shares, parts, strict=True)), np.zeros(3))
-    offsets = [part.mean - mean for part in parts]
-    spreads = [part.covariance + np.outer(off, off) for part, off in zip(parts, offsets, strict=True)]
-    return Colours(mean, sum((share * one for share, one in zip(shares, spreads, strict=True)), np.zeros((3, 3))))
-
-
-def with_colours(picture: np.ndarray, own: Colours, wanted: Colours) -> np.ndarray:
-    """The picture with the wanted mean and covariance instead of its own; (H, W, 3) uint8 RGB, or with its alpha."""
-
-    def root(covariance: np.ndarray, inverse: bool) -> np.ndarray:
-        variances, axes = np.linalg.eigh(covariance)
-        # Where the picture varies by less than a grey level, that is noise, and would be blown up.
-        roots = np.maximum(variances, 1) ** -0.5 if inverse else np.sqrt(np.maximum(variances, 0))
-        return axes * roots @ axes.T
-
-    change = root(wanted.covariance, inverse=False) @ root(own.covariance, inverse=True)
-    recoloured = picture.copy()
-    for rows in bands(*picture.shape[:2]):
-        values = (picture[rows, :, :3] - own.mean) @ change.T + wanted.mean
-        recoloured[rows, :, :3] = np.clip(np.rint(values), 0, 255)
-    return recoloured
-
-
-def recolour(
-    content: np.ndarray, styles: list[np.ndarray], weights: list[float], masks: list[np.ndarray]
-) -> np.ndarray:
-    """The content with the mean and covariance of the styles' colours, mixed by their weights.
-
-    With masks, (H, W, 1) floats from 0 to 1, each style gives its own region its own colours; where no mask is, the
-    content stays as it is. content, styles: (H, W, 3) uint8 RGB, or with alpha -> the content's shape.
-    """
-    if not sum(weights):
-        return content
-    if not masks:
-        wanted = mixture([colours(style) for style in styles], [weight / sum(weights) for weight in weights])
-        return with_colours(content, colours(content), wanted)
-    given = [one for one in zip(weights, masks, styles, strict=True) if one[0] and one[1].any()]
-    parts = [(weight, mask, colours(content, mask), colours(style)) for weight, mask, style in given]
-    recoloured = content.copy()
-    for rows in bands(*content.shape[:2]):
-        shares = [weight * mask[rows] for weight, mask, _, _ in parts]
-        covered = np.minimum(sum(mask[rows] for _, mask, _, _ in parts), 1.0)
-        mixed = sum(
-            share * with_colours(content[rows], own, wanted)
-            for share, (_, _, own, wanted) in zip(shares, parts, strict=True)
-        ) / np.maximum(sum(shares), np.finfo(np.float64).tiny)
-        recoloured[rows] = np.rint(covered * mixed + (1 - covered) * content[rows])
-    return recoloured
+def read_start(
+    settings: Settings, read: Callable[[str], np.ndarray] = lambda path: read_picture(path)[0]
+) -> np.ndarray | None:
+    """The picture that --init_image names. Raises UserError if it is none, nor one of the words that it takes."""
+    known = ("content", "recolored", "noise", "gray")
+    if settings.init_image in known:
+        return None
+    if not os.path.exists(settings.init_image):
+        require_choice("--init_image", settings.init_image, (*known, "a picture's path"))
+    return laid_on(read(settings.init_image), settings.background)

@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from .messages import require_choice
 
+PICTURE = "picture"  # what stands for a layer where the picture itself is looked at
 # The convolutional layers of each network in order, with the number of their output channels.
 CHANNELS = {
     model: {
@@ -16,6 +17,10 @@ CHANNELS = {
     }
     for model, depths in (("vgg16", (2, 2, 3, 3, 3)), ("vgg19", (2, 2, 4, 4, 4)))
 }
+
+
+# The block of each layer, by the poolings before it.
+BLOCKS = {name: int(name[len("conv")]) for layers in CHANNELS.values() for name in layers}
 
 
 def layer_name(flag: str, name: str, model: str) -> str:
@@ -32,8 +37,13 @@ def keras_name(name: str) -> str:
 
 
 def stride(layer: str) -> int:
-    """Pixels from one position of a layer to the next; 1 for "picture", the picture itself."""
-    return 1 if layer == "picture" else 2 ** (int(layer[4]) - 1)
+    """Pixels from one position of a layer to the next; 1 for PICTURE, the picture itself."""
+    return 1 if layer == PICTURE else 2 ** (BLOCKS[layer] - 1)
+
+
+def deepest(layers: Collection[str], model: str) -> str:
+    """The last of `layers` in the network."""
+    return [name for name in CHANNELS[model] if name in layers][-1]
 
 
 def halo(layers: Collection[str], model: str) -> int:
@@ -41,6 +51,6 @@ def halo(layers: Collection[str], model: str) -> int:
 
     Each 3 x 3 convolution up to there looks one position further, which is as many pixels as its stride.
     """
-    deepest = max(layers)
-    reach = sum(stride(name) for name in CHANNELS[model] if name <= deepest)
-    return -(-reach // stride(deepest)) * stride(deepest)
+    names, last = list(CHANNELS[model]), deepest(layers, model)
+    reach = sum(stride(name) for name in names[: names.index(last) + 1])
+    return -(-reach // stride(last)) * stride(last)

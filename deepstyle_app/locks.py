@@ -9,7 +9,7 @@ from types import ModuleType
 
 from filelock import FileLock, Timeout
 
-from .messages import UserError
+from deepstyle_support.messages import UserError
 
 fcntl: ModuleType | None
 try:

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .disk import write_whole
-from .lbfgs import Curvature, from_arrays, to_arrays
-from .messages import UserError
+from deepstyle_support.disk import write_whole
+from deepstyle_support.lbfgs import Curvature, from_arrays, to_arrays
+from deepstyle_support.messages import UserError
 from .outputs import latest_rows
-from .records import State
+from deepstyle import State
 
 EVENTS = "events.out.tfevents."  # what TensorBoard's files are called; behind it come time, machine and process
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .disk import write_whole
-from .lbfgs import Curvature
-from .messages import UserError, tell
+from deepstyle_support.disk import write_whole
+from deepstyle_support.lbfgs import Curvature
+from deepstyle_support.messages import UserError, tell
 from .outputs import (
     events_group,
     events_path,
@@ -27,11 +27,11 @@ from .outputs import (
     write_log,
 )
 from .ownership import RunFiles, base_path, files_of, real
-from .pictures import resize
-from .profiles import png_tags
+from deepstyle_support.pictures import resize
+from deepstyle_support.profiles import png_tags
 from .provenance import read_made
-from .reading import read_picture
-from .records import Iteration, State
+from deepstyle_support.reading import read_picture
+from deepstyle import Iteration, State
 from .report import MOST_PICTURES, Report, facts_of, read_report, report_of, taken_over, thinned
 from .state import Record, write_state
 

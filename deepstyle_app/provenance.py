@@ -8,9 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from .messages import UserError, printable, words
-from .reading import harmless
-from .rounding import computed_with, what_differs
+from deepstyle_support.messages import UserError, printable, words
+from deepstyle_support.reading import harmless
+from deepstyle_support.rounding import computed_with, what_differs
 
 
 def read_made(path: str) -> dict[str, Any]:

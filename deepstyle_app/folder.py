@@ -10,10 +10,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .locks import folder_for, lock_of
-from .messages import UserError, in_words, printable, tell
+from deepstyle_support.messages import UserError, in_words, printable, tell
 from .ownership import real, remove_unfinished
-from .reading import read_picture
-from .records import Ending
+from deepstyle_support.reading import read_picture
+from deepstyle import Ending
 from .report import THUMBNAIL, Card, check_index, encoded, title_of, write_index
 
 # Windows hides these in every folder that it has shown; where the folder is copied to, the name alone says so.

@@ -20,10 +20,10 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from .disk import write_whole
-from .messages import UserError, words
+from deepstyle_support.disk import write_whole
+from deepstyle_support.messages import UserError, words
 from .provenance import command_again, how_close
-from .records import Iteration, State
+from deepstyle import Iteration, State
 
 LOSSES = ("total", "content", "style", "total variation")  # in the order of a State's losses
 SIDE = 1200  # pixels of a shown picture's longer side at most: the pictures in full are files of their own

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .messages import require_choice, tell, words
-from .pictures import Pictures
-from .reading import read_picture
-from .transparency import laid_on
+from deepstyle_support.messages import require_choice, tell, words
+from deepstyle_support.pictures import Pictures
+from deepstyle_support.reading import read_picture
+from deepstyle_support.transparency import laid_on
 
 
 class Named(Protocol):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .locks import folder_for, lock_file, lock_of
-from .messages import UserError, counted
+from deepstyle_support.messages import UserError, counted
 from .outputs import MOST_A_SIDE, check_animation
 from .state import EVENTS, Record, read_record
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
-from .messages import Stream
-from .records import Iteration, State
+from deepstyle_support.messages import Stream
+from deepstyle import Iteration, State
 
 if TYPE_CHECKING:
     from rich.console import Console

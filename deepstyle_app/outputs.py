@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from .disk import write_whole
-from .messages import UserError
-from .profiles import srgb_profile
-from .records import Iteration, State
-from .transparency import laid_on
+from deepstyle_support.disk import write_whole
+from deepstyle_support.messages import UserError
+from deepstyle_support.profiles import srgb_profile
+from deepstyle import Iteration, State
+from deepstyle_support.transparency import laid_on
 
 
 def log_rows(iteration: Iteration) -> list[str]:

@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Callable, Generator
 
 from .files import Outputs
-from .messages import reason, tell
-from .records import Iteration
+from deepstyle_support.messages import reason, tell
+from deepstyle import Iteration
 from .terminal import describe_iteration
 
 

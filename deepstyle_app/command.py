@@ -1,0 +1,106 @@
+"""The command: its arguments, and `main`, which returns the exit status."""
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors raised for `main` to show in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+    def _print_message(self, message: str, file: object = None) -> None:  # --help and --version have no other way
+        answer(message.rstrip("\n"))
+
+
+class Describe(argparse.Action):
+    """--describe: as with --version, nothing else is done."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, path: Any, option: object = None) -> None:
+        answer(description(path, dataclasses.asdict(Settings()), __version__, Stream("stdout").encoding))
+        parser.exit()
+
+
+def command_line() -> Parser:
+    """The parser of the command's arguments."""
+    parser = Parser(
+        prog="deepstyle",
+        usage="%(prog)s CONTENT STYLE [STYLE ...] PREFIX [flags]",
+        description="Paint the CONTENT picture in the style of the STYLE picture, or of several.",
+        epilog="The README says more of each flag, with pictures.",
+        allow_abbrev=False,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=36),
+    )
+    parser.add_argument("content", metavar="CONTENT", help="the photo to paint, or a folder of photos")
+    parser.add_argument("style", metavar="STYLE", nargs="+", help="the picture to take the style from")
+    parser.add_argument("prefix", metavar="PREFIX", help="pictures are PREFIX_at_iteration_N.png; or a folder")
+    for title, members in itertools.groupby(dataclasses.fields(Settings), lambda field: field.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for field in members:
+            default: Any = field.default
+            kind: Any = type(default)
+            options: dict[str, Any] = {}
+            if kind is bool:
+                colours = {"luma": "luma", "match": "match"} if field.name == "preserve_color" else {}
+                kind, options = ON_OFF | colours, {"nargs": "?", "const": True}
+            elif kind is tuple:
+                kind, options = type(default[0]), {"nargs": "+"}
+            group.add_argument(
+                f"--{field.name}",
+                default=default,
+                type=str if default is None else functools.partial(value_of, kind),
+                metavar=field.metadata["metavar"],
+                help=field.metadata["help"] + ("" if default is None else f" ({words(default)})"),
+                **options,
+            )
+    group = parser.add_argument_group("masks: pictures, white where something holds")
+    group.add_argument("--style_masks", metavar="M", nargs="+", default=[], help="where each style goes")
+    group.add_argument("--content_mask", metavar="M", help="where the content counts")
+    group.add_argument("--color_mask", metavar="M", help="where preserve_color applies")
+    group = parser.add_argument_group("what is saved")
+    every = functools.partial(value_of, int)
+    group.add_argument("--every", metavar="N", type=every, default=1, help="only each Nth picture, and the last (1)")
+    group.add_argument("--animation", metavar="FILE", type=name_of, help="all iterations as .gif, .webp or .mp4")
+    group.add_argument("--log", metavar="FILE", type=name_of, help="a row of losses for each iteration, .csv")
+    group.add_argument("--tensorboard", metavar="DIR", type=name_of, help="losses and pictures for TensorBoard")
+    group.add_argument("--report", metavar="FILE", type=name_of, help="a page that shows the run, .html")
+    group.add_argument("--describe", metavar="PICTURE", action=Describe, help="print how PICTURE was made, and end")
+    group = parser.add_argument_group("the run")
+    earlier = group.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="go on where an earlier run of this PREFIX ended")
+    earlier.add_argument("--overwrite", action="store_true", help="replace an earlier run; else it is moved aside")
+    group.add_argument("--allow_large", action="store_true", help="read pictures over Pillow's limit of pixels")
+    group.add_argument("--quiet", action="store_true", help="say nothing but errors")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    group.add_argument("--version", action="version", version=f"deepstyle {__version__}")
+    return parser
+
+
+@without_warnings()
+def main(
+    argv: list[str] | None = None,
+    parser: Parser | None = None,
+    run_one: Callable[[argparse.Namespace, Settings], Ending] | None = None,
+) -> int:
+    """The command. Returns its exit status; see the README for what each means.
+
+    Another program's parser may know more arguments than `command_line`, and its `run_one` what to do with them.
+    """
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    fill_closed_descriptors()
+    try:
+        arguments = (parser or command_line()).parse_args(argv)
+        names = [field.name for field in dataclasses.fields(Settings)]
+        settings = Settings(**{name: getattr(arguments, name) for name in names})
+        if os.path.isdir(arguments.content) and not run_one:
+            return run_folder(arguments, settings)
+        return (run_one or run)(arguments, settings).status
+    except SystemExit as ending:  # --help and --version
+        return int(ending.code or 0)
+    except KeyboardInterrupt:
+        tell("interrupted; the same command with --resume goes on from what is saved")
+        return 130
+    except Exception as error:
+        tell(f"error: {in_words(error, debug)}")
+        return error.status if isinstance(error, UserError) else 1
+
+
+if __name__ == "__main__":
+    leave(main())

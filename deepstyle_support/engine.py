@@ -1,0 +1,53 @@
+"""Where a picture is computed: the network on its device, the plan of memory, and the way over the tiles."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .backend import import_keras, on_cpu
+from .cache import Cache
+from .convolution import Kernel, kernel_on_device
+from .device import describe_device
+from .memory import Plan
+from .tiles import Tile
+from .weights import Weights
+
+Tensor = Any  # one of the backend's
+Size = tuple[int, int]  # (rows, columns)
+
+
+def on_device(weights: Weights, padding: str) -> dict[str, tuple[Kernel, Tensor]]:
+    """The network: the backend's tensors of each layer, its kernel as `convolve` needs it, and its bias."""
+    to_tensor = import_keras().ops.convert_to_tensor
+    return {name: (kernel_on_device(kernel, padding), to_tensor(bias)) for name, (kernel, bias) in weights.items()}
+
+
+class Engine:
+    """Where tiles are computed: here in this process, one after another, on the backend's device.
+
+    plan: of memory; weights: from `load_weights`; cache: may be that of other engines with the same weights and padding,
+    for other pictures. Another engine than this one computes them elsewhere: it has another `start`, `map` and `close`.
+    """
+
+    def __init__(self, plan: Plan, weights: Weights, padding: str = "zeros", cache: Cache | None = None):
+        self.plan, self.weights, self.padding = plan, weights, padding
+        self.cache = Cache() if cache is None else cache
+
+    def start(self) -> str:
+        """Get ready; what it computes on, in words. Raises UserError if it cannot compute."""
+        return describe_device()
+
+    def tile_at(self, size: Size) -> int | None:
+        """Pixels of the largest tile of a picture of (rows, columns); None: the whole picture."""
+        return self.plan.tile
+
+    def map(self, tiles: list[Tile], compute: Callable, *given: Any) -> Iterator[Any]:
+        """compute(network, tile, *given) of each tile in their order; `compute` is a method of TiledLoss."""
+        network = self.cache.get("the network", lambda: on_device(self.weights, self.padding))
+        return (compute(network, tile, *given) for tile in tiles)
+
+    def is_repeatable(self) -> bool:
+        """Whether sums are rounded alike from run to run, on the same machine."""
+        return on_cpu()
+
+    def close(self) -> None:
+        """Let go of what `start` has begun."""
