@@ -66,13 +66,7 @@ def command_line() -> Parser:
     group.add_argument("--log", metavar="FILE", type=name_of, help="a row of losses for each iteration, .csv")
     group.add_argument("--tensorboard", metavar="DIR", type=name_of, help="losses and pictures for TensorBoard")
     group.add_argument("--report", metavar="FILE", type=name_of, help="a page that shows the run, .html")
-    group.add_argument(
-        "--describe",
-        metavar="PICTURE",
-        action=Describe,
-        default=argparse.SUPPRESS,
-        help="print how PICTURE was made, and end",
-    )
+    group.add_argument("--describe", metavar="PICTURE", action=Describe, help="print how PICTURE was made, and end")
     add_manners(parser.add_argument_group("the run"))
     return parser
 
@@ -102,6 +96,8 @@ def add_manners(group: argparse._ArgumentGroup) -> None:
     earlier = group.add_mutually_exclusive_group()
     earlier.add_argument("--resume", action="store_true", help="go on where an earlier run of this PREFIX ended")
     earlier.add_argument("--overwrite", action="store_true", help="replace an earlier run; else it is moved aside")
+    whole = functools.partial(value_of, int)
+    group.add_argument("--workers", metavar="N", type=whole, default=1, help="processes that share the tiles (1)")
     group.add_argument("--allow_large", action="store_true", help="read pictures over Pillow's limit of pixels")
     group.add_argument("--quiet", action="store_true", help="say nothing but errors")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -112,6 +108,7 @@ def job_of(argv: list[str] | None) -> Job:
     """What the arguments ask for. Raises UserError for what is wrong with them."""
     arguments: dict[str, Any] = vars(command_line().parse_args(argv))
     settings = Settings(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(Settings)})
+    arguments.pop("describe")  # which has ended the program, if it was given
     several = {name: tuple(one) for name, one in arguments.items() if isinstance(one, list)}
     return Job(settings=settings, **arguments | several)
 

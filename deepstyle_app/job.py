@@ -28,6 +28,7 @@ class Job:
     log: str | None = None
     tensorboard: str | None = None
     report: str | None = None
+    workers: int = 1  # processes that share the tiles; 1: this one alone
     resume: bool = False
     overwrite: bool = False
     allow_large: bool = False

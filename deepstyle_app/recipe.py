@@ -31,7 +31,7 @@ class Recipe:
     backend: str
     device: str = "CPU"  # or another's name, if sums there are rounded in another order from run to run
     computed_with: dict[str, str] = dataclasses.field(default_factory=dict)  # from rounding.computed_with
-    program: tuple[str, ...] = ("deepstyle.py",)  # and flags of its own
+    workers: int = 1
     version: str = __version__
 
     @classmethod
@@ -50,40 +50,41 @@ class Recipe:
             allow_large=job.allow_large,
             backend=backend,
             device=device,
+            workers=job.workers,
             computed_with=computed_with(backend, __version__),
         )
 
     @classmethod
     def from_text(cls, text: dict[str, Any]) -> "Recipe":
-        """That in a picture's text. Raises KeyError if it says not all of it."""
-        names = {
-            field.name: field.name.replace("_", " ") if field.name == "computed_with" else field.name
-            for field in dataclasses.fields(cls)
-        }
-        required = ("settings", "pictures", "prefix", "masks", "allow_large", "backend")
-        return cls(**{name: text[key] for name, key in names.items() if name in required or key in text})
+        """That in a picture's text. Raises KeyError if it does not say all of it."""
+        # 0.2.0 had a program of its own for workers, which its text names, with its flags.
+        program = text.get("program", [])
+        return cls(
+            settings=text["settings"],
+            pictures=text["pictures"],
+            prefix=text["prefix"],
+            masks=text["masks"],
+            allow_large=text["allow_large"],
+            backend=text["backend"],
+            workers=text.get("workers", int(program[-1]) if len(program) > 1 else 1),
+        )
 
     def as_text(self) -> dict[str, Any]:
         """What of it stands in a picture's text."""
-        text = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {
-            "version": text.pop("version"),
-            "program": text.pop("program"),
-            **text,
-            "computed with": text.pop("computed_with"),
-        }
+        text = dataclasses.asdict(self)
+        return {"version": text.pop("version"), "computed with": text.pop("computed_with"), **text}
 
     def command(self, defaults: dict[str, Any], encoding: str = "utf-8") -> str:
         """A command line that makes the same pictures, as a POSIX shell takes it.
 
         defaults: of the settings; encoding: that of what it is shown on.
         """
-        program, *flags = self.program
-        command = ["python", program, *map(as_argument, [*self.pictures, self.prefix]), *flags]
+        command = ["python", "deepstyle.py", *map(as_argument, [*self.pictures, self.prefix])]
         for name, value in (self.settings | self.masks).items():
             default = defaults.get(name)
             if value is not None and (default is None or words(value) != words(default)):
                 command += [f"--{name}", *map(as_argument, value if isinstance(value, list | tuple) else [value])]
+        command += ["--workers", str(self.workers)] * (self.workers > 1)
         command += ["--allow_large"] * self.allow_large
         backend = [] if self.backend == "tensorflow" else ["env", f"KERAS_BACKEND={self.backend}"]
         return " ".join(in_shell(word, encoding) for word in backend + command)

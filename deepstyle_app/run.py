@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deepstyle import (
     Evaluation,
@@ -47,6 +47,9 @@ from .terminal import (
     signals_as_requests,
     where_it_goes_on,
 )
+
+if TYPE_CHECKING:
+    from .workers import Workers
 
 
 class Ending(NamedTuple):
@@ -103,8 +106,9 @@ def prepare(job: Job, shared: Shared | None) -> Prepared:
     settings = job.settings
     pictures = read_inputs(job, shared.others if shared else None)
     stages, files = stages_of(pictures, settings), RunFiles.of(job)
-    plan_found = functools.partial(plan_memory, found=shared.free if shared else None)
-    plan = planned(pictures, settings, plan_found, files.bytes_kept)
+    workers = workers_of(job)
+    make_plan = workers.plan if workers else functools.partial(plan_memory, found=shared.free if shared else None)
+    plan = planned(pictures, settings, make_plan, files.bytes_kept)
     check_agreement(pictures, settings)  # after the plan, as in `stylize`
     files.check(job.inputs(), saved_size(pictures, settings), bytes_of_curvature(stages[-1], plan.history))
     files.check_extras_are_ours()
@@ -112,8 +116,21 @@ def prepare(job: Job, shared: Shared | None) -> Prepared:
         weights, source = shared.weights, ""
     else:
         weights, source = load_weights(settings.weights, settings.seed, settings.model, job.quiet)
-    engine = Engine(plan, weights, settings.padding, shared.cache if shared else None)
+    engine: Engine = (
+        workers.engine(plan, weights, settings)
+        if workers
+        else Engine(plan, weights, settings.padding, shared.cache if shared else None)
+    )
     return Prepared(job, pictures, stages, files, engine, what_shapes(pictures, settings, weights), source)
+
+
+def workers_of(job: Job) -> "Workers | None":
+    """The workers that a job asks for, if it does. Raises UserError if it cannot have them."""
+    if job.workers == 1:
+        return None
+    from .workers import workers_for  # only now: nobody else needs Ray
+
+    return workers_for(job)
 
 
 def bytes_of_curvature(full: Stage, history: int) -> int:
