@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import deepstyle
-from deepstyle_support.pictures import resize
+from deepstyle_support.images import resize
 from deepstyle_support.vgg import CHANNELS
 from deepstyle_support.weights import random_weights
 

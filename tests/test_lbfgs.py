@@ -11,7 +11,8 @@ from scipy import optimize
 
 import deepstyle
 from deepstyle import Evaluation, Settings
-from deepstyle_support import lbfgs, provenance, rounding
+from deepstyle_app.command import main
+from deepstyle_support import lbfgs, rounding
 from deepstyle_support.backend import as_array, import_keras
 from deepstyle_support.lbfgs import Curvature, Point, combination, device_lbfgs, dot_products
 
@@ -233,22 +234,22 @@ def test_what_rounds_otherwise_is_another_way_and_the_description_says_so(
     other = rounding.computed_with("tensorflow", deepstyle.__version__) | {name: "another"}
     first = tmp_path / "out" / "result_image_at_iteration_1.png"
     capsys.readouterr()
-    assert deepstyle.main(["--describe", str(first)]) == 0
+    assert main(["--describe", str(first)]) == 0
     assert "this makes it again" in capsys.readouterr().out
-    for module in (deepstyle, provenance):
-        monkeypatch.setattr(module, "computed_with", lambda backend, version: other)
-    assert deepstyle.main(["--describe", str(first)]) == 0
+    for module in ("recipe", "run"):
+        monkeypatch.setattr(f"deepstyle_app.{module}.computed_with", lambda backend, version: other)
+    assert main(["--describe", str(first)]) == 0
     said = capsys.readouterr().out
     assert f"comes close to it, not bit for bit, since it was computed otherwise ({name}: " in said
     assert "; now another)" in said
     assert run_small(picture_files, tmp_path / "out", "--image_size", "32", "--num_iter", "2", "--resume") == 0
     capsys.readouterr()
-    assert deepstyle.main(["--describe", str(first.with_name("result_image_at_iteration_2.png"))]) == 0
+    assert main(["--describe", str(first.with_name("result_image_at_iteration_2.png"))]) == 0
     assert "comes close to it, not bit for bit, since the run was stopped" in capsys.readouterr().out
 
 
 def run_small(picture_files, folder, *flags):
-    return deepstyle.main([*picture_files, f"{folder}/", *SMALL, "--optimizer", "device", *flags])
+    return main([*picture_files, f"{folder}/", *SMALL, "--optimizer", "device", *flags])
 
 
 def pixels(folder, number):
@@ -264,21 +265,21 @@ def test_the_command_goes_on_to_the_bit_and_says_so(picture_files, tmp_path, cap
     for number in (1, 2, 3):
         np.testing.assert_array_equal(pixels(tmp_path / "parts", number), pixels(tmp_path / "once", number))
     capsys.readouterr()
-    deepstyle.main(["--describe", str(tmp_path / "parts" / "result_image_at_iteration_3.png")])
+    main(["--describe", str(tmp_path / "parts" / "result_image_at_iteration_3.png")])
     said = capsys.readouterr().out
     assert "makes it again" in said
     assert "--optimizer device" in said
 
 
 def test_after_a_kill_the_last_state_is_gone_on_with_and_not_called_exact(picture_files, tmp_path, capsys, monkeypatch):
-    from deepstyle_support.files import Outputs
+    from deepstyle_app.files import Outputs
 
     with monkeypatch.context() as killed:
         killed.setattr(Outputs, "finish", lambda self: [])  # what a kill leaves out
         assert run_small(picture_files, tmp_path / "out", "--num_iter", "1") == 0
     assert run_small(picture_files, tmp_path / "out", "--num_iter", "2", "--resume") == 0
     capsys.readouterr()
-    deepstyle.main(["--describe", str(tmp_path / "out" / "result_image_at_iteration_2.png")])
+    main(["--describe", str(tmp_path / "out" / "result_image_at_iteration_2.png")])
     assert "comes close to it" in capsys.readouterr().out
 
 

@@ -9,7 +9,7 @@ from conftest import smooth_picture
 
 import deepstyle
 from deepstyle import Settings
-from deepstyle_support.pictures import mask_on_grid
+from deepstyle_support.masks import mask_on_grid
 from deepstyle_support.vgg import CHANNELS, halo
 
 SIZE = (37, 51)  # odd, so that pooling leaves rows and columns out

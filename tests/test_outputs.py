@@ -17,19 +17,21 @@ import imageio.v3
 import numpy as np
 import pytest
 from conftest import SMALL, for_scripts, smooth_picture
+from deepstyle_app.recipe import command_again
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import deepstyle
 from deepstyle import Pictures, Settings
-from deepstyle_support import ownership
-from deepstyle_support.outputs import write_animation, write_log
-from deepstyle_support.pictures import colours, from_input_space, match_colours, resize, with_colours
-from deepstyle_support.provenance import command_again
+from deepstyle_app import ownership
+from deepstyle_app.command import command_line, main
+from deepstyle_app.outputs import write_animation, write_log
+from deepstyle_support.colours import colours, match_colours, with_colours
+from deepstyle_support.images import from_input_space, resize
 
 
 def run(picture_files, prefix, *flags):
-    return deepstyle.main([*picture_files, str(prefix), *SMALL, "--quiet", *map(str, flags)])
+    return main([*picture_files, str(prefix), *SMALL, "--quiet", *map(str, flags)])
 
 
 def pixels(path):
@@ -46,7 +48,7 @@ def write_mask(path, size=(48, 64)):
 
 def describe(path, capsys):
     capsys.readouterr()
-    assert deepstyle.main(["--describe", str(path)]) == 0
+    assert main(["--describe", str(path)]) == 0
     return capsys.readouterr().out
 
 
@@ -128,7 +130,7 @@ def test_a_command_runs_in_a_shell_and_means_the_same_files_whatever_they_are_ca
     assert ran.stderr == b""
     runs = ran.stdout.split(b"\0\0")[:-1]
     for name, run in zip(HOSTILE, runs, strict=True):
-        parsed = deepstyle.command_line().parse_args([os.fsdecode(one) for one in run.split(b"\0")][1:])
+        parsed = command_line().parse_args([os.fsdecode(one) for one in run.split(b"\0")][1:])
         named = [parsed.content, *parsed.style, parsed.prefix, parsed.content_mask, *parsed.style_masks]
         named += [parsed.weights, parsed.init_image]
         assert {os.path.normpath(one) for one in named} == {os.path.normpath(name)}
@@ -146,13 +148,13 @@ def test_what_describe_prints_makes_a_picture_of_oddly_named_files_again(picture
     content, prefix = "-caf\udce9 $1\n.png", "--out\udcff"
     os.rename(picture_files[0], content)
     command = [f"./{content}", "style.png", f"./{prefix}", "--num_iter", "1", *SMALL[:4], f"--content_mask={content}"]
-    assert deepstyle.main(command) == 0
+    assert main(command) == 0
     before = pixels(f"./{prefix}_at_iteration_1.png")
     said = describe(f"./{prefix}_at_iteration_1.png", capsys)
     script = "python() { printf '%s\\0' \"$@\"; }\n" + said.splitlines()[-1]
     ran = subprocess.run(["sh"], input=script.encode(), capture_output=True, check=True)
     again = [os.fsdecode(one) for one in ran.stdout.split(b"\0")[1:-1]]
-    assert deepstyle.main([*again, "--overwrite"]) == 0
+    assert main([*again, "--overwrite"]) == 0
     np.testing.assert_array_equal(pixels(f"./{prefix}_at_iteration_1.png"), before)
 
 
@@ -167,7 +169,7 @@ def test_describe_writes_no_line_or_escape_code_of_a_name(tmp_path, capsys):
 
 
 def test_the_command_has_the_plan_that_was_made_and_not_the_memory_it_was_made_for(picture_files):
-    arguments = deepstyle.command_line().parse_args([*picture_files, "out", "--max_memory", "3", "--allow_large"])
+    arguments = command_line().parse_args([*picture_files, "out", "--max_memory", "3", "--allow_large"])
     plan = deepstyle.Plan(tile=512, history=7, needed=0, free=0)
     made = deepstyle.how_it_is_made(arguments, Settings(max_memory=3), plan)
     command = command_again(json.loads(json.dumps(made)), dataclasses.asdict(Settings()))
@@ -181,7 +183,7 @@ def test_the_command_has_the_plan_that_was_made_and_not_the_memory_it_was_made_f
     [("tensorflow", "python deepstyle.py "), ("jax", "env KERAS_BACKEND=jax python deepstyle.py ")],
 )
 def test_the_command_names_a_backend_that_is_not_the_usual_one(picture_files, backend, begins):
-    arguments = deepstyle.command_line().parse_args([*picture_files, "out"])
+    arguments = command_line().parse_args([*picture_files, "out"])
     made = deepstyle.how_it_is_made(arguments, Settings(), deepstyle.Plan(None, 10, 0, 0)) | {"backend": backend}
     assert command_again(made, dataclasses.asdict(Settings())).startswith(begins)
 
@@ -191,7 +193,7 @@ def test_a_picture_that_says_something_else_is_one_line(tmp_path, capsys):
     text.add_itxt("Software", "deepstyle")
     text.add_itxt("deepstyle", "{}")
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=text)
-    assert deepstyle.main(["--describe", str(tmp_path / "a.png")]) == 2
+    assert main(["--describe", str(tmp_path / "a.png")]) == 2
     assert "does not say how it was made, or not all of it" in capsys.readouterr().err
 
 
@@ -206,7 +208,7 @@ def test_a_picture_of_a_resumed_run_does_not_claim_that_its_command_makes_it_aga
 @pytest.mark.parametrize("name", ["style.png", "none.png", "text.png"])
 def test_describe_says_in_one_line_if_a_picture_tells_nothing(picture_files, tmp_path, capsys, name):
     (tmp_path / "text.png").write_text("no picture")
-    assert deepstyle.main(["--describe", str(tmp_path / name)]) == 2
+    assert main(["--describe", str(tmp_path / name)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("deepstyle: error: ")
     assert said.count("\n") == 1
@@ -395,9 +397,10 @@ def test_tensorboard_goes_on_with_a_resumed_run_and_needs_no_tensorflow(picture_
     pytest.importorskip("jax")
     command = [*picture_files, str(tmp_path / "a"), *SMALL, "--tensorboard", str(tmp_path / "events"), "--quiet"]
     script = (
-        "import sys, conftest, deepstyle\n"
+        "import sys, conftest\n"
+        "from deepstyle_app.command import main\n"
         "for flags in (['--num_iter', '1'], ['--num_iter', '2', '--resume']):\n"
-        "    print(deepstyle.main(sys.argv[1:] + flags), 'tensorflow' in sys.modules)"
+        "    print(main(sys.argv[1:] + flags), 'tensorflow' in sys.modules)"
     )
     given = {"env": for_scripts(KERAS_BACKEND="jax"), "capture_output": True, "text": True}
     ended = subprocess.run([sys.executable, "-c", script, *command], **given)
@@ -458,7 +461,7 @@ def test_match_recolours_the_styles_and_leaves_the_result_alone(untrained):
 
 def test_luma_is_what_true_means():
     assert Settings(preserve_color=True) == Settings(preserve_color="luma")
-    assert deepstyle.command_line().parse_args(["c", "s", "p", "--preserve_color", "luma"]).preserve_color == "luma"
+    assert command_line().parse_args(["c", "s", "p", "--preserve_color", "luma"]).preserve_color == "luma"
 
 
 def test_the_contents_colours_are_kept_where_the_color_mask_is():
@@ -549,11 +552,11 @@ def test_resume_refuses_another_mask(picture_files, tmp_path, capsys):
 
 
 def test_the_command_has_every_flag_that_is_not_its_default_if_it_is_0_or_false():
-    arguments = deepstyle.command_line().parse_args(["c.png", "s.png", "out"])
+    arguments = command_line().parse_args(["c.png", "s.png", "out"])
     falsy = {"maintain_aspect_ratio": False, "total_variation_weight": 0.0, "content_weight": 0.0}
     made = deepstyle.how_it_is_made(arguments, Settings(**falsy), deepstyle.Plan(None, 10, 0, 0))
     command = command_again(json.loads(json.dumps(made)), dataclasses.asdict(Settings()))
-    parsed = deepstyle.command_line().parse_args(shlex.split(command)[2:])
+    parsed = command_line().parse_args(shlex.split(command)[2:])
     assert {name: getattr(parsed, name) for name in falsy} == falsy
 
 

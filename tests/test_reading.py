@@ -11,6 +11,7 @@ from conftest import SMALL, smooth_picture
 from PIL import Image, features
 
 import deepstyle
+from deepstyle_app.command import command_line
 from deepstyle_support import profiles, reading
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
@@ -108,7 +109,7 @@ def test_a_profile_of_no_use_is_told_and_ignored(tmp_path, picture_files, capfd,
     np.testing.assert_array_equal(picture, smooth_picture(1, 40, 48))
     assert len(notes) == 1
     assert said in notes[0]
-    parsed = deepstyle.command_line().parse_args([path, picture_files[1], "out", *SMALL])
+    parsed = command_line().parse_args([path, picture_files[1], "out", *SMALL])
     deepstyle.read_inputs(parsed, deepstyle.Settings(image_size=32))
     assert capfd.readouterr().err == f"deepstyle: '{path}' {notes[0]}\n"
     parsed.quiet = True

@@ -14,17 +14,18 @@ import forked
 import numpy as np
 import pytest
 from conftest import SMALL
+from deepstyle_app.recipe import command_again, read_made
 from PIL import Image
 
 import deepstyle
-from deepstyle_support import report
-from deepstyle_support.provenance import command_again, read_made
-from deepstyle_support.records import State
-from deepstyle_support.report import MOST_PICTURES, Shown, encoded, plot, points_before, read_report, thinned
+from deepstyle import State
+from deepstyle_app import report
+from deepstyle_app.command import command_line, main
+from deepstyle_app.report import MOST_PICTURES, Shown, encoded, plot, points_before, read_report, thinned
 
 
 def run(picture_files, prefix, *flags):
-    return deepstyle.main([*picture_files, str(prefix), *SMALL, "--quiet", *map(str, flags)])
+    return main([*picture_files, str(prefix), *SMALL, "--quiet", *map(str, flags)])
 
 
 def decoded(picture):
@@ -191,9 +192,7 @@ def test_ten_iterations_at_400_rows_are_below_5_mb(tmp_path):
     smoothed = [(one + np.roll(one, 1, 0) + np.roll(one, 1, 1)) / 3 for one in noise]
     hard = [np.clip(one, 0, 255).astype(np.uint8) for one in smoothed]
     made = deepstyle.how_it_is_made(
-        deepstyle.command_line().parse_args(["c.png", "s.png", "out"]),
-        deepstyle.Settings(),
-        deepstyle.Plan(None, 9, 0, 0),
+        command_line().parse_args(["c.png", "s.png", "out"]), deepstyle.Settings(), deepstyle.Plan(None, 9, 0, 0)
     )
     defaults = deepstyle.dataclasses.asdict(deepstyle.Settings())
     facts = report.facts_of(made, defaults, {"content": hard[11], "style": hard[10]}, 600)
@@ -274,7 +273,7 @@ def test_the_plan_counts_the_report(picture_files, tmp_path):
     for flags in ([], ["--report", str(tmp_path / "a.html")]):
         argv = [*picture_files, str(tmp_path / "a"), *SMALL, "--quiet", "--num_iter", "1", *flags]
         computing = deepstyle.HERE._replace(plan=look)
-        assert deepstyle.main(argv, run_one=functools.partial(deepstyle.run, computing=computing)) == 0
+        assert main(argv, run_one=functools.partial(deepstyle.run, computing=computing)) == 0
     assert held[1].kept - held[0].kept == 2 * 2 * 2 * 32 * 42
 
 

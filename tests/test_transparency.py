@@ -15,8 +15,9 @@ from test_outputs import describe, pixels, run
 
 import deepstyle
 from deepstyle import Pictures, Settings
+from deepstyle_support.colours import colours, match_colours
+from deepstyle_support.images import resize
 from deepstyle_support.memory import PLACED_MASK
-from deepstyle_support.pictures import colours, match_colours, resize
 from deepstyle_support.transparency import alpha_of, filled, laid_on
 
 
