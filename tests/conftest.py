@@ -8,6 +8,7 @@ decides (genuine weights, memory, other backends, the processes that are started
 import contextlib
 import gc
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +99,35 @@ def picture_files(tmp_path):
         Image.fromarray(smooth_picture(seed, rows, columns)).save(tmp_path / name)
         paths.append(str(tmp_path / name))
     return paths
+
+
+def pixels(path):
+    """A saved picture as an array."""
+    return np.asarray(Image.open(path))
+
+
+def run(inputs, prefix, *flags):
+    """The exit status of the command, in this process; inputs: paths of a content and a style picture."""
+    from deepstyle_app.command import main  # here, since most tests need no command
+
+    return main([*inputs, str(prefix), *SMALL, *map(str, flags)])
+
+
+def run_quietly(inputs, prefix, *flags):
+    return run(inputs, prefix, "--quiet", *flags)
+
+
+def describe(path, capsys):
+    """What the command says of how a picture was made."""
+    from deepstyle_app.command import main
+
+    capsys.readouterr()
+    assert main(["--describe", str(path)]) == 0
+    return capsys.readouterr().out
+
+
+def wait_for(path, process):
+    """Until the file is there, which a process under way is to write."""
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)

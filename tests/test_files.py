@@ -7,7 +7,7 @@ import shutil
 import forked
 import numpy as np
 import pytest
-from conftest import SMALL, smooth_picture
+from conftest import SMALL, run, smooth_picture
 from PIL import Image
 
 import deepstyle
@@ -23,10 +23,6 @@ from deepstyle_support.images import from_input_space
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def run(picture_files, prefix, *flags):
-    return main([*picture_files, str(prefix), *SMALL, *flags])
 
 
 def test_prefix_names_the_files(tmp_path):

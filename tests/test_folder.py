@@ -11,7 +11,7 @@ import forked
 import numpy as np
 import psutil
 import pytest
-from conftest import SMALL, smooth_picture
+from conftest import SMALL, pixels, smooth_picture
 from deepstyle_support.reuse import Reuse
 from PIL import Image
 
@@ -44,10 +44,6 @@ def photos(tmp_path):
 def paint(photos, *flags, out="out"):
     base = photos.parent
     return main([str(photos), str(base / "style.png"), str(base / out), *SMALL, "--image_size", "40", *flags])
-
-
-def pixels(path):
-    return np.asarray(Image.open(path))
 
 
 def test_each_photo_gets_the_pictures_that_it_would_get_alone(photos, tmp_path, capsys):

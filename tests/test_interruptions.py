@@ -14,7 +14,7 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
-from conftest import SMALL, all_threads
+from conftest import SMALL, all_threads, wait_for
 from PIL import Image
 
 import deepstyle
@@ -31,13 +31,6 @@ ENDLESS = [*SMALL, "--num_iter", "100000"]
 def start(picture_files, prefix, *flags, **options):
     """The command as a process that is under way."""
     return forked.start(*picture_files, prefix, *flags, **options)
-
-
-def wait_for(path, run):
-    """Until the file is there."""
-    while not path.exists():
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.01)
 
 
 def picture(prefix, number):

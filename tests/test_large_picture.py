@@ -5,13 +5,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from conftest import IMAGES, SMALL, smooth_picture
+from conftest import IMAGES, SMALL, smooth_picture, wait_for
 
 import deepstyle
 from deepstyle_app.command import main
@@ -200,12 +199,6 @@ def start(picture_files, prefix, *flags):
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
     )
-
-
-def wait_for(path, run):
-    while not path.exists():
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.02)
 
 
 def state_of(prefix):

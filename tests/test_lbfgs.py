@@ -252,8 +252,8 @@ def run_small(picture_files, folder, *flags):
     return main([*picture_files, f"{folder}/", *SMALL, "--optimizer", "device", *flags])
 
 
-def pixels(folder, number):
-    return deepstyle.read_picture(str(folder / f"result_image_at_iteration_{number}.png"))[0]
+def pixels_of(folder, number):
+    return pixels(folder / f"result_image_at_iteration_{number}.png")
 
 
 @pytest.mark.parametrize("scales", ["1", "2"])
@@ -263,7 +263,7 @@ def test_the_command_goes_on_to_the_bit_and_says_so(picture_files, tmp_path, cap
         assert run_small(picture_files, tmp_path / "parts", *flags, "--num_iter", end, "--resume") == 0
     assert run_small(picture_files, tmp_path / "once", *flags, "--num_iter", "3") == 0
     for number in (1, 2, 3):
-        np.testing.assert_array_equal(pixels(tmp_path / "parts", number), pixels(tmp_path / "once", number))
+        np.testing.assert_array_equal(pixels_of(tmp_path / "parts", number), pixels_of(tmp_path / "once", number))
     capsys.readouterr()
     main(["--describe", str(tmp_path / "parts" / "result_image_at_iteration_3.png")])
     said = capsys.readouterr().out
@@ -292,7 +292,7 @@ def test_what_was_learnt_in_another_way_is_gone_on_with(picture_files, tmp_path)
     np.savez(path, **contents)
     for folder in ("once", "parts"):
         assert run_small(picture_files, tmp_path / folder, "--num_iter", "2", "--resume") == 0
-    np.testing.assert_array_equal(pixels(tmp_path / "once", 2), pixels(tmp_path / "parts", 2))
+    np.testing.assert_array_equal(pixels_of(tmp_path / "once", 2), pixels_of(tmp_path / "parts", 2))
 
 
 def test_of_gigabytes_nothing_is_kept_and_that_is_said(picture_files, tmp_path, capsys, monkeypatch):

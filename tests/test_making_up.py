@@ -6,22 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL
+from conftest import run
 from PIL import Image
 
 import deepstyle
 from deepstyle_app import terminal
-from deepstyle_app.command import main
 from deepstyle_app.files import Outputs
 from deepstyle_app.outputs import iterations_in_events, write_animation
 from deepstyle_app.report import read_report
 
 EXTRAS = {"--log": "a.csv", "--tensorboard": "events", "--report": "a.html", "--animation": "a.gif"}
 COARSE = ["--image_size", "64", "--scales", "2", "--coarse_iter", "2"]
-
-
-def run(picture_files, prefix, *flags):
-    return main([*picture_files, str(prefix), *SMALL, *map(str, flags)])
 
 
 def extras(folder):
