@@ -7,6 +7,7 @@ decides (genuine weights, memory, other backends, the processes that are started
 
 import contextlib
 import gc
+import math
 import os
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 
 import deepstyle
+from deepstyle_support.engine import Engine
 from deepstyle_support.images import resize
 from deepstyle_support.vgg import CHANNELS
 from deepstyle_support.weights import random_weights
@@ -83,6 +85,36 @@ def memory_within_bounds():
 @pytest.fixture(scope="session")
 def untrained():
     return random_weights(seed=0)
+
+
+class Recorder(deepstyle.Watch):
+    """A watch that keeps (size, count, loss) of each evaluation, and stops a run after so many of them."""
+
+    def __init__(self, most=math.inf):
+        self.most, self.seen, self.tiles = most, [], []
+
+    def evaluated(self, size, count, evaluation):
+        self.seen.append((size, count, evaluation.loss))
+
+    def should_stop(self):
+        return len(self.seen) >= self.most
+
+    def smaller_tiles(self, tile):
+        self.tiles.append(tile)
+
+
+def evaluation_of(loss, gradient):
+    """An evaluation with a single term."""
+    return deepstyle.Evaluation(deepstyle.Losses(loss, 0.0, 0.0, loss), {"total variation": loss}, gradient)
+
+
+def engine_for(pictures, settings, weights):
+    return Engine(deepstyle.planned(pictures, settings), weights, settings.padding)
+
+
+def paint(pictures, settings, weights, state=None, watch=None):
+    """The iterations, one after another, in the memory that is free."""
+    return deepstyle.paint(pictures, settings, engine_for(pictures, settings, weights), state, watch)
 
 
 def smooth_picture(seed, rows, columns):

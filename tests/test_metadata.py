@@ -297,7 +297,7 @@ def test_a_warning_within_the_command_is_dropped(picture_files, monkeypatch, rec
         warnings.warn("of a library", stacklevel=1)
         raise deepstyle.UserError("enough")
 
-    monkeypatch.setattr(deepstyle, "run", fail)
+    monkeypatch.setattr("deepstyle_app.command.run", fail)
     assert main([*picture_files, "out"]) == 2
     assert len(recwarn) == 0
 
