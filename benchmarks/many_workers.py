@@ -25,8 +25,8 @@ import large_picture  # noqa: E402
 import numpy as np  # noqa: E402
 
 import deepstyle  # noqa: E402, it is not installed but lies above
+from deepstyle_support.images import resize  # noqa: E402
 from deepstyle_support.memory import largest_window, shared_tile  # noqa: E402
-from deepstyle_support.pictures import resize  # noqa: E402
 from deepstyle_support.vgg import CHANNELS, halo  # noqa: E402
 from deepstyle_support.weights import random_weights  # noqa: E402
 

@@ -38,8 +38,8 @@ import oracle  # noqa: E402, it is not installed but lies in tests/
 import deepstyle  # noqa: E402
 from deepstyle_support.backend import import_keras  # noqa: E402
 from deepstyle_support.device import describe_device, gpu_memory  # noqa: E402
+from deepstyle_support.images import resize  # noqa: E402
 from deepstyle_support.memory import needed_memory  # noqa: E402
-from deepstyle_support.pictures import resize  # noqa: E402
 from deepstyle_support.weights import Weights, load_weights  # noqa: E402
 
 EVALUATIONS = 12  # the first of them compile

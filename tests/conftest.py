@@ -7,7 +7,9 @@ decides (genuine weights, memory, other backends, the processes that are started
 
 import contextlib
 import gc
+import math
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ import pytest
 from PIL import Image
 
 import deepstyle
-from deepstyle_support.pictures import resize
+from deepstyle_support.engine import Engine
+from deepstyle_support.images import resize
 from deepstyle_support.vgg import CHANNELS
 from deepstyle_support.weights import random_weights
 
@@ -84,6 +87,36 @@ def untrained():
     return random_weights(seed=0)
 
 
+class Recorder(deepstyle.Watch):
+    """A watch that keeps (size, count, loss) of each evaluation, and stops a run after so many of them."""
+
+    def __init__(self, most=math.inf):
+        self.most, self.seen, self.tiles = most, [], []
+
+    def evaluated(self, size, count, evaluation):
+        self.seen.append((size, count, evaluation.loss))
+
+    def should_stop(self):
+        return len(self.seen) >= self.most
+
+    def smaller_tiles(self, tile):
+        self.tiles.append(tile)
+
+
+def evaluation_of(loss, gradient):
+    """An evaluation with a single term."""
+    return deepstyle.Evaluation(deepstyle.Losses(loss, 0.0, 0.0, loss), {"total variation": loss}, gradient)
+
+
+def engine_for(pictures, settings, weights):
+    return Engine(deepstyle.planned(pictures, settings), weights, settings.padding)
+
+
+def paint(pictures, settings, weights, state=None, watch=None):
+    """The iterations, one after another, in the memory that is free."""
+    return deepstyle.paint(pictures, settings, engine_for(pictures, settings, weights), state, watch)
+
+
 def smooth_picture(seed, rows, columns):
     """(rows, columns, 3) uint8: random colours in patches, so that it has edges and areas."""
     colours = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), np.uint8)
@@ -98,3 +131,35 @@ def picture_files(tmp_path):
         Image.fromarray(smooth_picture(seed, rows, columns)).save(tmp_path / name)
         paths.append(str(tmp_path / name))
     return paths
+
+
+def pixels(path):
+    """A saved picture as an array."""
+    return np.asarray(Image.open(path))
+
+
+def run(inputs, prefix, *flags):
+    """The exit status of the command, in this process; inputs: paths of a content and a style picture."""
+    from deepstyle_app.command import main  # here, since most tests need no command
+
+    return main([*inputs, str(prefix), *SMALL, *map(str, flags)])
+
+
+def run_quietly(inputs, prefix, *flags):
+    return run(inputs, prefix, "--quiet", *flags)
+
+
+def describe(path, capsys):
+    """What the command says of how a picture was made."""
+    from deepstyle_app.command import main
+
+    capsys.readouterr()
+    assert main(["--describe", str(path)]) == 0
+    return capsys.readouterr().out
+
+
+def wait_for(path, process):
+    """Until the file is there, which a process under way is to write."""
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)

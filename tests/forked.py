@@ -168,6 +168,7 @@ def serve(asking):
     import rich.progress  # noqa: F401
     import scipy.optimize  # noqa: F401
 
+    import deepstyle_app.command  # noqa: F401
     from deepstyle_support.backend import import_keras
 
     import_keras()

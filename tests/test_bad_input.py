@@ -16,6 +16,7 @@ from conftest import SMALL, full_width, smooth_picture
 from PIL import Image
 
 import deepstyle
+from deepstyle_app.command import main
 from deepstyle_support.vgg import CHANNELS, keras_name
 from deepstyle_support.weights import random_weights
 
@@ -269,7 +270,7 @@ def test_odd_pictures_work_and_several_in_one_file_get_a_note(tmp_path, capfd):
     pictures = odd_pictures(tmp_path / "odd")
     assert len(pictures) == 9
     for path, note in pictures:
-        status = deepstyle.main([str(path), str(path), str(tmp_path / path.stem), *SMALL, "--num_iter", "1"])
+        status = main([str(path), str(path), str(tmp_path / path.stem), *SMALL, "--num_iter", "1"])
         said = capfd.readouterr().err
         assert status == 0, said
         assert (note in said) if note else said == ""
@@ -292,9 +293,9 @@ def test_other_failures_are_one_line_and_status_1(picture_files, tmp_path, capsy
 
     monkeypatch.setattr(deepstyle.Objective, "__init__", fail)
     command = [*picture_files, str(tmp_path / "a"), *SMALL, "--quiet"]
-    assert deepstyle.main(command) == 1
+    assert main(command) == 1
     assert capsys.readouterr().err == "deepstyle: error: RuntimeError: out of luck; --debug shows where\n"
-    assert deepstyle.main([*command, "--debug"]) == 1
+    assert main([*command, "--debug"]) == 1
     shown = capsys.readouterr().err
     assert "Traceback (most recent call last)" in shown
     assert shown.endswith("deepstyle: error: RuntimeError: out of luck; --debug shows where\n")
@@ -309,7 +310,7 @@ def test_other_failures_are_one_line_and_status_1(picture_files, tmp_path, capsy
     ],
 )
 def test_loss_that_is_not_finite_stops_the_run_and_names_the_part(picture_files, tmp_path, capfd, flags, part):
-    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *SMALL, *flags]) == 1
+    assert main([*picture_files, str(tmp_path / "a"), *SMALL, *flags]) == 1
     error = capfd.readouterr().err
     assert error.startswith(f"deepstyle: error: the {part}")
     assert "loss is no longer finite" in error

@@ -19,14 +19,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import deepstyle
+from deepstyle_app.command import command_line, main
+from deepstyle_app.terminal import console_for, progress_bar
 from deepstyle_support.messages import tell
-from deepstyle_support.terminal import console_for, progress_bar
 
 SCRIPT = Path(deepstyle.__file__)
 
 
 def parse(*flags):
-    return deepstyle.command_line().parse_args(["c.png", "s.png", "out", *flags])
+    return command_line().parse_args(["c.png", "s.png", "out", *flags])
 
 
 def test_defaults_are_the_ones_people_know():
@@ -52,7 +53,7 @@ def test_defaults_are_the_ones_people_know():
 
 def test_help_fits_on_two_screens(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert deepstyle.main(["--help"]) == 0
+    assert main(["--help"]) == 0
     assert len(capsys.readouterr().out.splitlines()) <= 2 * 48
 
 
@@ -68,7 +69,7 @@ def test_on_off_flags_take_many_spellings_and_alone_mean_true(flag):
 
 
 def test_help_shows_every_flag_with_its_default(capsys):
-    assert deepstyle.main(["--help"]) == 0
+    assert main(["--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for name, default in vars(deepstyle.Settings()).items():
         assert f"--{name} " in shown
@@ -78,14 +79,14 @@ def test_help_shows_every_flag_with_its_default(capsys):
 
 
 def test_version(capsys):
-    assert deepstyle.main(["--version"]) == 0
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"deepstyle {deepstyle.__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["a.png", "b.png", "c", "--pool_type", "x"]])
 def test_nothing_heavy_is_imported_to_answer_help_and_errors(arguments):
     code = (
-        "import sys, deepstyle; deepstyle.main(sys.argv[1:]); "
+        "import sys; from deepstyle_app.command import main; main(sys.argv[1:]); "
         "print([m for m in ('tensorflow', 'keras', 'scipy', 'rich', 'h5py') if m in sys.modules])"
     )
     ended = subprocess.run([sys.executable, "-c", code, *arguments], cwd=SCRIPT.parent, capture_output=True, text=True)
@@ -118,7 +119,7 @@ def test_a_run_writes_one_picture_per_iteration_and_says_what_it_did(picture_fil
 
 def test_quiet_says_nothing_and_makes_the_same_picture(picture_files, tmp_path, capfd):
     for name, flags in (("a", []), ("b", ["--quiet"])):
-        assert deepstyle.main([*picture_files, str(tmp_path / name), *SMALL, *flags]) == 0
+        assert main([*picture_files, str(tmp_path / name), *SMALL, *flags]) == 0
         assert bool(capfd.readouterr().out) == (name == "a")
     a, b = (np.asarray(Image.open(tmp_path / f"{name}_at_iteration_2.png")) for name in "ab")
     np.testing.assert_array_equal(a, b)
@@ -126,19 +127,19 @@ def test_quiet_says_nothing_and_makes_the_same_picture(picture_files, tmp_path, 
 
 def test_rescaled_run_saves_the_contents_size(picture_files, tmp_path):
     flags = ["--rescale_image", "--preserve_color", "--quiet", "--num_iter", "1"]
-    assert deepstyle.main([*picture_files, f"{tmp_path}/", *SMALL, *flags]) == 0
+    assert main([*picture_files, f"{tmp_path}/", *SMALL, *flags]) == 0
     assert Image.open(tmp_path / "result_image_at_iteration_1.png").size == (64, 48)
 
 
 def test_early_end_is_said(picture_files, tmp_path, capfd):
     flags = [*SMALL, "--num_iter", "5", "--min_improvement", "99.999"]
-    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *flags]) == 0
+    assert main([*picture_files, str(tmp_path / "a"), *flags]) == 0
     assert capfd.readouterr().out.splitlines()[-1] == "stopped: the last iteration improved by less than 99.999 %"
     flags = [*SMALL, "--style_weight", "0", "--total_variation_weight", "0"]
-    assert deepstyle.main([*picture_files, str(tmp_path / "b"), *flags]) == 0
+    assert main([*picture_files, str(tmp_path / "b"), *flags]) == 0
     assert "the optimiser finds no better picture" in capfd.readouterr().out
     assert (tmp_path / "b_at_iteration_1.png").exists()
-    assert deepstyle.main([*picture_files, str(tmp_path / "b"), *flags, "--resume"]) == 0
+    assert main([*picture_files, str(tmp_path / "b"), *flags, "--resume"]) == 0
     assert "the optimiser finds no better picture" in capfd.readouterr().out
     assert not (tmp_path / "b_at_iteration_2.png").exists()
 
@@ -168,7 +169,7 @@ def read_available(descriptor):
 
 
 def test_a_prefix_is_shown_as_it_is(picture_files, tmp_path, capsys):
-    assert deepstyle.main([*picture_files, str(tmp_path / ":cat:[red]"), *SMALL]) == 0
+    assert main([*picture_files, str(tmp_path / ":cat:[red]"), *SMALL]) == 0
     assert f"{tmp_path}/:cat:[red]_at_iteration_2.png" in capsys.readouterr().out
 
 
@@ -176,7 +177,7 @@ def test_what_windows_does_not_have_is_done_without(picture_files, tmp_path, mon
     monkeypatch.delattr(signal, "SIGHUP")
     for name in ("sysconf", "getuid", "fork", "mkfifo", "ttyname", "uname"):
         monkeypatch.delattr(os, name)
-    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *SMALL]) == 0
+    assert main([*picture_files, str(tmp_path / "a"), *SMALL]) == 0
     assert (tmp_path / "a_at_iteration_2.png").exists()
 
 
@@ -284,7 +285,7 @@ def test_who_stops_reading_gets_no_complaint_and_the_same_status(picture_files):
 
 def made_somehow():
     """The text of a picture that says how it was made."""
-    arguments = deepstyle.command_line().parse_args(["c.png", "s.png", "out"])
+    arguments = command_line().parse_args(["c.png", "s.png", "out"])
     made = deepstyle.how_it_is_made(arguments, deepstyle.Settings(), deepstyle.Plan(None, 10, 0, 0))
     text = PngInfo()
     text.add_itxt("Software", "deepstyle")
@@ -298,7 +299,7 @@ def test_an_answer_that_a_full_disk_does_not_take_is_told(tmp_path, monkeypatch,
     Image.new("RGB", (4, 4)).save("made.png", pnginfo=made_somehow())
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        assert deepstyle.main(arguments) == 1
+        assert main(arguments) == 1
     assert capfd.readouterr().err == "deepstyle: error: cannot write to stdout: No space left on device\n"
 
 
@@ -306,12 +307,12 @@ def test_an_answer_that_a_full_disk_does_not_take_is_told(tmp_path, monkeypatch,
 def test_without_stdout_and_stderr_there_is_still_a_status(monkeypatch, arguments):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
-    assert deepstyle.main(arguments) == (2 if "none.png" in arguments else 0)
+    assert main(arguments) == (2 if "none.png" in arguments else 0)
 
 
 def test_a_traceback_goes_to_stderr_or_nowhere(monkeypatch, capfd):
     monkeypatch.setattr(sys, "stderr", None)
-    assert deepstyle.main(["--no_such_flag", "--debug"]) == 2
+    assert main(["--no_such_flag", "--debug"]) == 2
     assert capfd.readouterr() == ("", "")
 
 
@@ -321,7 +322,7 @@ NAMES = ["log", "animation", "report", "tensorboard", "weights", "init_image", "
 @pytest.mark.parametrize("flag", [*NAMES, "content_mask", "color_mask", "style_masks", "describe", "tile", "model"])
 def test_an_empty_name_is_an_error_and_not_the_same_as_none(picture_files, tmp_path, capsys, flag):
     before = sorted(tmp_path.rglob("*"))
-    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *SMALL, f"--{flag}", ""]) == 2
+    assert main([*picture_files, str(tmp_path / "a"), *SMALL, f"--{flag}", ""]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"--{flag}" in said or "cannot read the picture ''" in said

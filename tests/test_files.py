@@ -7,25 +7,22 @@ import shutil
 import forked
 import numpy as np
 import pytest
-from conftest import SMALL, smooth_picture
+from conftest import SMALL, run, smooth_picture
 from PIL import Image
 
 import deepstyle
 from deepstyle import Settings
-from deepstyle_support import ownership
+from deepstyle_app import ownership
+from deepstyle_app.command import main
+from deepstyle_app.files import Outputs
+from deepstyle_app.locks import lock_of
+from deepstyle_app.ownership import base_path
 from deepstyle_support.disk import write_whole
-from deepstyle_support.files import Outputs
-from deepstyle_support.locks import lock_of
-from deepstyle_support.ownership import base_path
-from deepstyle_support.pictures import from_input_space
+from deepstyle_support.images import from_input_space
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def run(picture_files, prefix, *flags):
-    return deepstyle.main([*picture_files, str(prefix), *SMALL, *flags])
 
 
 def test_prefix_names_the_files(tmp_path):
@@ -216,7 +213,7 @@ def test_a_log_through_a_link_is_not_written_by_two_runs(picture_files, tmp_path
 
 
 def test_a_run_without_locks_says_so_and_leaves_none_behind(picture_files, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("deepstyle_support.locks.has_locks", lambda folder: False)
+    monkeypatch.setattr("deepstyle_app.locks.has_locks", lambda folder: False)
     for quiet, told in (([], 1), (["--quiet"], 0)):
         assert run(picture_files, tmp_path / "out" / "a", "--num_iter", "1", "--overwrite", *quiet) == 0
         assert capfd.readouterr().err.count("has no locks: see that no other run writes there") == told
@@ -356,31 +353,31 @@ def as_state_of_0_2_0(path, **changes):
 
 def test_a_state_that_is_older_than_a_flag_is_gone_on_with_at_the_flags_default(picture_files, tmp_path, capsys):
     command = [*picture_files, str(tmp_path / "a"), *SMALL]
-    assert deepstyle.main([*command, "--num_iter", "1"]) == 0
+    assert main([*command, "--num_iter", "1"]) == 0
     as_state_of_0_2_0(tmp_path / "a_state.npz", **{"--style_fit": None})
-    assert deepstyle.main([*command, "--resume", "--style_size", "64"]) == 2
+    assert main([*command, "--resume", "--style_size", "64"]) == 2
     as_state_of_0_2_0(tmp_path / "a_state.npz", **{"--style_size": None})
     capsys.readouterr()
-    assert deepstyle.main([*command, "--resume", "--style_size", "64"]) == 2
+    assert main([*command, "--resume", "--style_size", "64"]) == 2
     assert "--style_size was 0 and now is 64" in capsys.readouterr().err
-    assert deepstyle.main([*command, "--resume"]) == 0
+    assert main([*command, "--resume"]) == 0
     assert (tmp_path / "a_at_iteration_2.png").exists()
 
 
 def test_a_start_picture_is_known_by_its_digest_whatever_its_path(picture_files, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = [*picture_files, str(tmp_path / "a"), *SMALL, "--init_image"]
-    assert deepstyle.main([*command, "style.png", "--num_iter", "1"]) == 0
+    assert main([*command, "style.png", "--num_iter", "1"]) == 0
     as_state_of_0_2_0(tmp_path / "a_state.npz", **{"--init_image": "style.png"})
-    assert deepstyle.main([*command, "content.png", "--resume"]) == 2
+    assert main([*command, "content.png", "--resume"]) == 2
     assert "the start picture's SHA-256 was" in capsys.readouterr().err
-    assert deepstyle.main([*command, "./style.png", "--resume"]) == 0
+    assert main([*command, "./style.png", "--resume"]) == 0
 
 
 @pytest.mark.parametrize("wrong", ["backend", "mask"])
 def test_what_is_wrong_is_said_before_an_earlier_run_is_touched(picture_files, tmp_path, wrong):
     command = [*picture_files, tmp_path / "out" / "a", *SMALL, "--quiet"]
-    assert deepstyle.main([*map(str, command)]) == 0
+    assert main([*map(str, command)]) == 0
     before = names(tmp_path / "out")
     environment = os.environ | ({"KERAS_BACKEND": "numpy"} if wrong == "backend" else {})
     corner = np.zeros((33, 48), np.uint8)

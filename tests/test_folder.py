@@ -11,13 +11,14 @@ import forked
 import numpy as np
 import psutil
 import pytest
-from conftest import SMALL, smooth_picture
+from conftest import SMALL, pixels, smooth_picture
+from deepstyle_support.reuse import Reuse
 from PIL import Image
 
 import deepstyle
-from deepstyle_support import inputs, locks
+from deepstyle_app import inputs, locks
+from deepstyle_app.command import main
 from deepstyle_support.reading import read_picture, shape_of
-from deepstyle_support.reuse import Reuse
 
 LAST = "result_image_at_iteration_2.png"
 
@@ -42,11 +43,7 @@ def photos(tmp_path):
 
 def paint(photos, *flags, out="out"):
     base = photos.parent
-    return deepstyle.main([str(photos), str(base / "style.png"), str(base / out), *SMALL, "--image_size", "40", *flags])
-
-
-def pixels(path):
-    return np.asarray(Image.open(path))
+    return main([str(photos), str(base / "style.png"), str(base / out), *SMALL, "--image_size", "40", *flags])
 
 
 def test_each_photo_gets_the_pictures_that_it_would_get_alone(photos, tmp_path, capsys):
@@ -58,7 +55,7 @@ def test_each_photo_gets_the_pictures_that_it_would_get_alone(photos, tmp_path, 
         assert line.startswith(f"{number}/2 {name}: loss ")
         assert line.endswith(f" s, {tmp_path}/out/{name}/{LAST}")
         assert (
-            deepstyle.main(
+            main(
                 [
                     f"{photos}/{name}",
                     f"{tmp_path}/style.png",
@@ -96,7 +93,7 @@ def test_what_fails_is_told_at_the_end_and_stops_nothing(photos, tmp_path, capsy
 
 
 def test_a_page_that_cannot_be_written_is_told_and_stops_nothing(photos, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("deepstyle_support.folder.write_index", lambda *given: 1 / 0)
+    monkeypatch.setattr("deepstyle_app.folder.write_index", lambda *given: 1 / 0)
     assert paint(photos, "--report", "a.html") == 1
     assert "deepstyle: no page of the photos: ZeroDivisionError" in capsys.readouterr().err
     assert all((tmp_path / "out" / name / LAST).exists() for name in ("a.jpg", "b c.png"))
@@ -291,10 +288,10 @@ def test_describe_prints_the_command_for_one_photo_alone(photos, tmp_path, capsy
     picture = tmp_path / "out" / "b c.png" / LAST
     painted = pixels(picture)
     capsys.readouterr()
-    assert deepstyle.main(["--describe", str(picture)]) == 0
+    assert main(["--describe", str(picture)]) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert command[2] == f"{photos}/b c.png"
-    assert deepstyle.main([*command[2:], "--weights", "random", "--overwrite"]) == 0
+    assert main([*command[2:], "--weights", "random", "--overwrite"]) == 0
     np.testing.assert_array_equal(pixels(picture), painted)
 
 

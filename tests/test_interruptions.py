@@ -14,14 +14,15 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
-from conftest import SMALL, all_threads
+from conftest import SMALL, all_threads, wait_for
 from PIL import Image
 
 import deepstyle
-from deepstyle_support import files
+from deepstyle_app import files
+from deepstyle_app.command import main
+from deepstyle_app.terminal import SAME_STOP
 from deepstyle_support.backend import import_keras
 from deepstyle_support.messages import UserError
-from deepstyle_support.terminal import SAME_STOP
 
 ROOT = Path(deepstyle.__file__).parent
 ENDLESS = [*SMALL, "--num_iter", "100000"]
@@ -30,13 +31,6 @@ ENDLESS = [*SMALL, "--num_iter", "100000"]
 def start(picture_files, prefix, *flags, **options):
     """The command as a process that is under way."""
     return forked.start(*picture_files, prefix, *flags, **options)
-
-
-def wait_for(path, run):
-    """Until the file is there."""
-    while not path.exists():
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.01)
 
 
 def picture(prefix, number):
@@ -104,9 +98,10 @@ def test_a_signal_to_run_sh_reaches_the_program(picture_files, tmp_path):
 
 SLOW = """
 import sys, time, deepstyle
+from deepstyle_app.command import main
 evaluate = deepstyle.Objective.evaluate
 deepstyle.Objective.evaluate = lambda *given: time.sleep(2) or evaluate(*given)
-sys.exit(deepstyle.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -174,7 +169,7 @@ def test_a_run_that_goes_wrong_keeps_the_last_good_picture(picture_files, tmp_pa
 
     monkeypatch.setattr(deepstyle.Objective, "evaluate", fail_at_last)
     prefix = tmp_path / "a"
-    assert deepstyle.main([*picture_files, str(prefix), *ENDLESS]) == 1
+    assert main([*picture_files, str(prefix), *ENDLESS]) == 1
     assert "loss is no longer finite" in capfd.readouterr().err
     assert assert_all_files_are_whole(prefix) == 2  # after 20 evaluations, and what the other nine brought
     with np.load(f"{prefix}_state.npz") as state:
@@ -231,16 +226,16 @@ def failing_at(monkeypatch, number):
 
 def test_a_run_that_goes_wrong_between_saved_pictures_leaves_its_last_one(picture_files, tmp_path, monkeypatch):
     failing_at(monkeypatch, 50)
-    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *SMALL, "--num_iter", "9", "--every", "10"]) == 1
+    assert main([*picture_files, str(tmp_path / "a"), *SMALL, "--num_iter", "9", "--every", "10"]) == 1
     assert saved_numbers(tmp_path / "a") == [3]
 
 
 def test_a_picture_that_is_missing_is_written_from_the_state(picture_files, tmp_path, capfd):
     command = [*picture_files, str(tmp_path / "a"), *SMALL]
-    assert deepstyle.main(command) == 0
+    assert main(command) == 0
     before = np.asarray(Image.open(picture(tmp_path / "a", 2))).astype(int)
     picture(tmp_path / "a", 2).unlink()
-    assert deepstyle.main([*command, "--resume"]) == 0
+    assert main([*command, "--resume"]) == 0
     assert "nothing to do" in capfd.readouterr().err
     assert np.abs(np.asarray(Image.open(picture(tmp_path / "a", 2))) - before).max() <= 1  # from float32
 
@@ -250,14 +245,14 @@ def test_a_run_that_ends_in_a_coarse_size_goes_on_there(picture_files, tmp_path,
     command += ["--coarse_iter", "2"]
     with monkeypatch.context() as broken:
         failing_at(broken, 30)
-        assert deepstyle.main(command) == 1
+        assert main(command) == 1
     assert saved_numbers(tmp_path / "a") == [0]
     assert Image.open(picture(tmp_path / "a", 0)).size == (85, 64)
     with np.load(tmp_path / "a_state.npz") as state:
         assert state["x"].shape == (32, 42, 3)
         assert (state["iteration"], state["partial"]) == (1, True)
     capfd.readouterr()
-    assert deepstyle.main([*command, "--resume"]) == 0
+    assert main([*command, "--resume"]) == 0
     said = capfd.readouterr().out
     assert said.startswith("going on after iteration 1 at 32 x 42\n")
     assert "\n32 x 42: iteration 2/2: " in said
@@ -285,11 +280,11 @@ def test_one_run_owns_a_prefix_and_a_killed_one_holds_nobody_up(picture_files, t
     prefix = tmp_path / "a"
     run = start(picture_files, prefix, *ENDLESS)
     wait_for(picture(prefix, 1), run)
-    assert deepstyle.main([*picture_files, str(prefix), *SMALL, "--overwrite"]) == 2
+    assert main([*picture_files, str(prefix), *SMALL, "--overwrite"]) == 2
     assert f"another run is writing '{prefix}'" in capfd.readouterr().err
     run.kill()
     run.communicate()
-    assert deepstyle.main([*picture_files, str(prefix), *SMALL, "--overwrite"]) == 0
+    assert main([*picture_files, str(prefix), *SMALL, "--overwrite"]) == 0
     assert saved_numbers(prefix) == [1, 2]
     assert not list(tmp_path.glob(".a*"))
 
@@ -391,20 +386,20 @@ def test_whichever_evaluation_fails_the_run_says_why_and_goes_on_from_there(
     command += ["--num_iter", "2", "--min_improvement", "1e-9", *sizes]
     monkeypatch.setattr(deepstyle, "EVALUATIONS_PER_ITERATION", 5)  # for there is a run and another for each
     evaluations = Valley(monkeypatch)
-    assert deepstyle.main(command) == 0
+    assert main(command) == 0
     for fails_at in range(1, evaluations.calls + 1):
         shutil.rmtree(tmp_path / "out")
         error = ERRORS[fails_at % len(ERRORS)]
         Valley(monkeypatch, fails_at, error)
         capfd.readouterr()
-        assert_is_told(error, deepstyle.main(command), capfd.readouterr().err)
+        assert_is_told(error, main(command), capfd.readouterr().err)
         assert Path(f"{prefix}_state.npz").exists() == (fails_at > 1)
         if fails_at > 1:
             with np.load(f"{prefix}_state.npz") as state:
                 number = state["iteration"] + state["partial"] if state["x"].shape[0] == int(sizes[1]) else 0
             assert picture(prefix, number).exists()
         Valley(monkeypatch)
-        assert deepstyle.main([*command, "--resume"]) == 0
+        assert main([*command, "--resume"]) == 0
         with np.load(f"{prefix}_state.npz") as state:
             assert (state["iteration"], state["partial"]) == (2, False)
         assert saved_numbers(prefix) == [1, 2]
@@ -417,7 +412,7 @@ def test_a_loss_that_is_no_longer_finite_in_the_last_iteration_is_told(
 ):
     failing_at(monkeypatch, fails_at)
     flags = ["--num_iter", "2" if fails_at > 20 else "1", "--optimizer", optimizer, "--animation", f"{tmp_path}/a.gif"]
-    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *SMALL, *flags]) == 1
+    assert main([*picture_files, str(tmp_path / "a"), *SMALL, *flags]) == 1
     err = capfd.readouterr().err
     assert re.fullmatch("deepstyle: error: the .* loss is no longer finite; lower its weight\n", err)
     assert (tmp_path / "a_state.npz").exists() == (tmp_path / "a.gif").exists() == (fails_at > 1)
@@ -429,11 +424,11 @@ def test_a_run_that_fails_at_its_beginning_leaves_nothing_in_the_way_of_the_next
 ):
     command = [*picture_files, str(tmp_path / "a"), "--num_iter", "1", *FULL, "--animation", f"{tmp_path}/a.{kind}"]
     Valley(monkeypatch, 1, UserError("on purpose", 1))
-    assert deepstyle.main(command) == 1
+    assert main(command) == 1
     assert capfd.readouterr().err == "deepstyle: error: on purpose\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["content.png", "style.png"]
     Valley(monkeypatch)
-    assert deepstyle.main(command) == 0
+    assert main(command) == 0
     assert (tmp_path / f"a.{kind}").exists()
 
 
@@ -456,11 +451,11 @@ def test_a_run_that_is_stopped_again_before_anything_is_new_says_so_and_keeps_it
 ):
     command = [*picture_files, str(tmp_path / "a"), *FULL, "--animation", f"{tmp_path}/a.gif", "--optimizer", optimizer]
     stopping_at(monkeypatch, 5)
-    assert deepstyle.main(command) == 143
+    assert main(command) == 143
     before = (tmp_path / "a.gif").read_bytes()
     capfd.readouterr()
     stopping_at(monkeypatch, 1)
-    assert deepstyle.main([*command, "--resume"]) == 143
+    assert main([*command, "--resume"]) == 143
     assert capfd.readouterr().err.startswith("deepstyle: stopped before anything new was found; iteration 1 is saved")
     assert (tmp_path / "a.gif").read_bytes() == before
 
@@ -473,8 +468,8 @@ def full_disk(*given):
 def test_what_fails_on_top_of_a_failure_is_told_and_hides_nothing(picture_files, tmp_path, monkeypatch, capfd, name):
     command = [*picture_files, str(tmp_path / "a"), *FULL, "--num_iter", "1", "--animation", f"{tmp_path}/a.gif"]
     Valley(monkeypatch, 9, UserError("on purpose", 1))
-    monkeypatch.setattr(f"deepstyle_support.files.{name}", full_disk)
-    assert deepstyle.main(command) == 1
+    monkeypatch.setattr(f"deepstyle_app.files.{name}", full_disk)
+    assert main(command) == 1
     *besides, last = capfd.readouterr().err.splitlines()
     assert last == "deepstyle: error: on purpose"
     assert besides == ["deepstyle: besides, OSError: [Errno 28] No space left on device"]
@@ -483,7 +478,7 @@ def test_what_fails_on_top_of_a_failure_is_told_and_hides_nothing(picture_files,
 def test_what_fails_behind_a_stop_is_told_beside_it(picture_files, tmp_path, monkeypatch, capfd):
     stopping_at(monkeypatch, 9)
     monkeypatch.setattr(files, "write_animation", full_disk)
-    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *FULL, "--animation", f"{tmp_path}/a.gif"]) == 143
+    assert main([*picture_files, str(tmp_path / "a"), *FULL, "--animation", f"{tmp_path}/a.gif"]) == 143
     besides, stopped = capfd.readouterr().err.splitlines()
     assert besides == "deepstyle: besides, OSError: [Errno 28] No space left on device"
     assert stopped.startswith("deepstyle: stopped within iteration 1; its picture so far is saved")
@@ -493,7 +488,7 @@ def test_an_animation_that_fails_at_the_end_of_a_good_run_is_an_error(picture_fi
     Valley(monkeypatch)
     monkeypatch.setattr(files, "write_animation", full_disk)
     command = [*picture_files, str(tmp_path / "a"), *FULL, "--num_iter", "1", "--animation", f"{tmp_path}/a.gif"]
-    assert deepstyle.main(command) == 1
+    assert main(command) == 1
     assert "No space left" in capfd.readouterr().err
 
 
@@ -520,7 +515,7 @@ def test_a_stop_may_arrive_as_several_signals(heeded, picture_files, tmp_path, m
 
     valley.evaluate = stop
     monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("it left at once"))
-    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *FULL, "--optimizer", "device"]) == 128 + sent[0]
+    assert main([*picture_files, str(tmp_path / "a"), *FULL, "--optimizer", "device"]) == 128 + sent[0]
     assert capfd.readouterr().err.startswith("deepstyle: stopped within iteration 1; its picture so far is saved, ")
     assert not list(tmp_path.glob(".*"))
     assert [signal.getsignal(number) for number in heeded] == [*heeded.values()]
@@ -553,7 +548,7 @@ def test_a_late_signal_of_a_stop_changes_nothing_more(picture_files, tmp_path):
 def test_a_signal_that_was_ignored_at_the_start_stays_ignored(heeded, picture_files, tmp_path, monkeypatch, ignored):
     signal.signal(ignored, signal.SIG_IGN)
     stopping_at(monkeypatch, 5, ignored)
-    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *FULL, "--num_iter", "1"]) == 0
+    assert main([*picture_files, str(tmp_path / "a"), *FULL, "--num_iter", "1"]) == 0
     assert signal.getsignal(ignored) == signal.SIG_IGN
 
 
@@ -565,7 +560,7 @@ def test_a_stop_before_the_painting_touches_nothing(heeded, picture_files, tmp_p
         return deepstyle.run(arguments, settings, computing=stopped_there)
 
     before = sorted(tmp_path.iterdir())
-    assert deepstyle.main([*picture_files, str(tmp_path / "a"), *FULL], run_one=run) == 143
+    assert main([*picture_files, str(tmp_path / "a"), *FULL], run_one=run) == 143
     assert capfd.readouterr().err == "deepstyle: stopped before the painting began\n"
     assert sorted(tmp_path.iterdir()) == before
 

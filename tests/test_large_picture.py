@@ -5,19 +5,19 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from conftest import IMAGES, SMALL, smooth_picture
+from conftest import IMAGES, SMALL, smooth_picture, wait_for
 
 import deepstyle
+from deepstyle_app.command import main
+from deepstyle_app.terminal import stopping
 from deepstyle_support import memory
 from deepstyle_support.limits import usable_cores
 from deepstyle_support.memory import plan_memory, shared_tile
-from deepstyle_support.terminal import stopping
 
 sys.path.insert(0, str(IMAGES.parent / "examples"))
 import large_picture
@@ -201,12 +201,6 @@ def start(picture_files, prefix, *flags):
     )
 
 
-def wait_for(path, run):
-    while not path.exists():
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.02)
-
-
 def state_of(prefix):
     with np.load(f"{prefix}_state.npz") as state:
         return int(state["iteration"]), bool(state["partial"])
@@ -217,7 +211,7 @@ def test_either_program_goes_on_with_the_others_run_and_a_stop_saves_the_picture
     full_network, picture_files, tmp_path, capfd
 ):
     prefix = tmp_path / "a"
-    assert deepstyle.main([*picture_files, str(prefix), *SMALL, "--num_iter", "1"]) == 0
+    assert main([*picture_files, str(prefix), *SMALL, "--num_iter", "1"]) == 0
     run = start(picture_files, prefix, "--num_iter", "100000", "--resume")
     wait_for(Path(f"{prefix}_at_iteration_2.png"), run)
     for _ in range(2):  # to the group, as `timeout` and a terminal send it: Ray's processes are in it
@@ -230,9 +224,9 @@ def test_either_program_goes_on_with_the_others_run_and_a_stop_saves_the_picture
     assert done >= 2
     assert Path(f"{prefix}_at_iteration_{done + partial}.png").exists()
     capfd.readouterr()
-    assert deepstyle.main([*picture_files, str(prefix), *SMALL, "--num_iter", str(done + 1), "--resume"]) == 0
+    assert main([*picture_files, str(prefix), *SMALL, "--num_iter", str(done + 1), "--resume"]) == 0
     assert capfd.readouterr().out.startswith(f"going on after iteration {done}\n")
-    assert deepstyle.main(["--describe", f"{prefix}_at_iteration_2.png"]) == 0
+    assert main(["--describe", f"{prefix}_at_iteration_2.png"]) == 0
     assert re.search(r"\npython examples/large_picture.py \S+ \S+ \S+ --workers 2 .*--tile 32", capfd.readouterr().out)
 
 
@@ -261,9 +255,7 @@ def test_a_run_without_any_worker_left_ends_with_its_last_picture_and_state(
 
     monkeypatch.setattr(workers, "wait", die_in_the_second_iteration)
     try:
-        assert (
-            deepstyle.main([*picture_files, str(prefix), *SMALL, "--tile", "32", "--num_iter", "2"], run_one=run) == 1
-        )
+        assert main([*picture_files, str(prefix), *SMALL, "--tile", "32", "--num_iter", "2"], run_one=run) == 1
     finally:
         monkeypatch.undo()
         workers.start, workers.deaths = start, 0

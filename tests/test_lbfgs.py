@@ -6,12 +6,13 @@ import math
 
 import numpy as np
 import pytest
-from conftest import SMALL, smooth_picture
+from conftest import SMALL, Recorder, describe, evaluation_of, paint, pixels, smooth_picture
 from scipy import optimize
 
 import deepstyle
-from deepstyle import Evaluation, Settings
-from deepstyle_support import lbfgs, provenance, rounding
+from deepstyle import Pictures, Settings, State
+from deepstyle_app.command import main
+from deepstyle_support import lbfgs, rounding
 from deepstyle_support.backend import as_array, import_keras
 from deepstyle_support.lbfgs import Curvature, Point, combination, device_lbfgs, dot_products
 
@@ -23,13 +24,15 @@ def tensor(x):
 class OnDevice:
     """A function of arrays, x -> (loss, gradient), in the place of the objective; it counts its evaluations."""
 
+    size = (10, 10)
+
     def __init__(self, function):
         self.function, self.calls = function, 0
 
     def evaluate(self, x):
         self.calls += 1
         loss, gradient = self.function(as_array(x).astype(np.float64))
-        return Evaluation({"total variation": float(loss)}, tensor(gradient))
+        return evaluation_of(float(loss), tensor(gradient))
 
 
 def rosenbrock(x):
@@ -149,7 +152,7 @@ def test_a_gradient_with_noise_ends_where_noise_begins():
 
 def test_a_start_at_the_minimum_is_the_result():
     function = OnDevice(quadratic(10.0, (2, 2, 3)))
-    points = list(deepstyle.minimise(function, np.zeros((2, 2, 3)), optimizer="device"))
+    points = list(deepstyle.minimise(function, State(np.zeros((2, 2, 3))), "device"))
     assert len(points) == 2  # the start, and as the only result the start again
     assert function.calls == 1
 
@@ -178,51 +181,60 @@ def test_the_first_step_changes_no_pixel_by_more_than_twenty_levels():
     assert np.abs(asked[1] - asked[0]).max() == pytest.approx(lbfgs.FIRST_STEP)
 
 
-def paint(untrained, state=None, most=math.inf, **options):
-    """All iterations, from a state maybe, stopped after so many evaluations; and what was learnt at the end."""
-    told = []
-    pictures = deepstyle.Pictures(smooth_picture(1, 40, 48), (smooth_picture(2, 40, 32),))
+def painted(untrained, state=None, most=math.inf, **options):
+    """All iterations, from a state maybe, stopped after so many evaluations; and the curvature at the end."""
+    pictures = Pictures(smooth_picture(1, 40, 48), (smooth_picture(2, 40, 32),))
     settings = Settings(image_size=40, **{"optimizer": "device", "num_iter": 3, **options})
-    watch = {"on_evaluation": lambda *news: told.append(news), "stop": lambda: len(told) >= most}
-    iterations = list(deepstyle.paint(pictures, settings, untrained, state=state, **watch))
-    return iterations, iterations[-1].state.learnt()
+    iterations = list(paint(pictures, settings, untrained, state, Recorder(most)))
+    return iterations, iterations[-1].state.curvature()
 
 
 @pytest.mark.parametrize("tile", ["off", "32"])
 def test_whole_and_in_tiles_it_is_as_good_as_scipys(untrained, tile):
-    (device,), _ = paint(untrained, num_iter=1, tile=tile)
-    (scipys,), _ = paint(untrained, num_iter=1, tile=tile, optimizer="scipy")
+    (device,), _ = painted(untrained, num_iter=1, tile=tile)
+    (scipys,), _ = painted(untrained, num_iter=1, tile=tile, optimizer="scipy")
     assert device.loss < 1.05 * scipys.loss
     assert device.state.x.dtype == np.float32
 
 
 @pytest.mark.parametrize("stop_at", [20, 27, 40])
 def test_a_run_that_goes_on_is_as_if_it_had_never_been_stopped(untrained, stop_at):
-    unbroken, _ = paint(untrained)
-    first, learnt = paint(untrained, most=stop_at)
-    assert learnt.steps
+    unbroken, _ = painted(untrained)
+    first, curvature = painted(untrained, most=stop_at)
+    assert curvature.steps
     state = first[-1].state
-    arrays = lbfgs.to_arrays(learnt)  # as they are written, and read again
-    second, _ = paint(untrained, dataclasses.replace(state, learnt=lambda: lbfgs.from_arrays(arrays)))
+    arrays = lbfgs.to_arrays(curvature)  # as they are written, and read again
+    second, _ = painted(untrained, dataclasses.replace(state, curvature=lambda: lbfgs.from_arrays(arrays)))
     assert [i.number for i in second][-1] == 3
     by_number = {i.number: i for i in unbroken}
     for iteration in second:
         np.testing.assert_array_equal(iteration.state.x, by_number[iteration.number].state.x)
-        assert iteration.evaluations == by_number[iteration.number].evaluations
+        assert iteration.state.evaluations == by_number[iteration.number].state.evaluations
         assert iteration.loss == by_number[iteration.number].loss
-        assert iteration.exact
 
 
-def test_another_way_of_computing_is_not_called_exact(untrained):
-    first, _ = paint(untrained, num_iter=1)
-    (iteration,), learnt = paint(untrained, first[-1].state, num_iter=2, history=4)
-    assert first[-1].exact
-    assert not iteration.exact
-    assert len(learnt.steps) == 4  # of ten
-    plan = deepstyle.plan_memory((40, 48), Settings())
-    plans = [(Settings(optimizer="device"), plan._replace(tile=tile)) for tile in (None, 32)]
-    ways = [deepstyle.way_of_computing(*one) for one in [(Settings(), plan), *plans]]
-    assert len(set(ways)) == 3
+def test_a_run_that_goes_on_with_fewer_corrections_keeps_the_newest(untrained):
+    first, before = painted(untrained, num_iter=1)
+    _, curvature = painted(untrained, first[-1].state, num_iter=2, history=4)
+    assert (len(before.steps), len(curvature.steps)) == (10, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "makes it again"),
+        (["--history", "4"], "comes close to it"),
+        (["--tile", "32"], "comes close to it"),
+        (["--optimizer", "scipy"], "comes close to it"),
+    ],
+    ids=" ".join,
+)
+def test_a_run_that_goes_on_in_another_way_is_not_called_exact(picture_files, tmp_path, capsys, flags, said):
+    size = ["--image_size", "64", "--tile", "off"]
+    assert run_small(picture_files, tmp_path / "out", *size, "--num_iter", "1") == 0
+    assert "this makes it again" in describe(tmp_path / "out" / "result_image_at_iteration_1.png", capsys)
+    assert run_small(picture_files, tmp_path / "out", *size, "--num_iter", "2", "--resume", *flags) == 0
+    assert f"this {said}" in describe(tmp_path / "out" / "result_image_at_iteration_2.png", capsys)
 
 
 @pytest.mark.parametrize("name", ["CPU cores", "processor", "packages", "environment"])
@@ -233,26 +245,26 @@ def test_what_rounds_otherwise_is_another_way_and_the_description_says_so(
     other = rounding.computed_with("tensorflow", deepstyle.__version__) | {name: "another"}
     first = tmp_path / "out" / "result_image_at_iteration_1.png"
     capsys.readouterr()
-    assert deepstyle.main(["--describe", str(first)]) == 0
+    assert main(["--describe", str(first)]) == 0
     assert "this makes it again" in capsys.readouterr().out
-    for module in (deepstyle, provenance):
-        monkeypatch.setattr(module, "computed_with", lambda backend, version: other)
-    assert deepstyle.main(["--describe", str(first)]) == 0
+    for module in ("recipe", "run"):
+        monkeypatch.setattr(f"deepstyle_app.{module}.computed_with", lambda backend, version: other)
+    assert main(["--describe", str(first)]) == 0
     said = capsys.readouterr().out
     assert f"comes close to it, not bit for bit, since it was computed otherwise ({name}: " in said
     assert "; now another)" in said
     assert run_small(picture_files, tmp_path / "out", "--image_size", "32", "--num_iter", "2", "--resume") == 0
     capsys.readouterr()
-    assert deepstyle.main(["--describe", str(first.with_name("result_image_at_iteration_2.png"))]) == 0
+    assert main(["--describe", str(first.with_name("result_image_at_iteration_2.png"))]) == 0
     assert "comes close to it, not bit for bit, since the run was stopped" in capsys.readouterr().out
 
 
 def run_small(picture_files, folder, *flags):
-    return deepstyle.main([*picture_files, f"{folder}/", *SMALL, "--optimizer", "device", *flags])
+    return main([*picture_files, f"{folder}/", *SMALL, "--optimizer", "device", *flags])
 
 
-def pixels(folder, number):
-    return deepstyle.read_picture(str(folder / f"result_image_at_iteration_{number}.png"))[0]
+def pixels_of(folder, number):
+    return pixels(folder / f"result_image_at_iteration_{number}.png")
 
 
 @pytest.mark.parametrize("scales", ["1", "2"])
@@ -262,23 +274,23 @@ def test_the_command_goes_on_to_the_bit_and_says_so(picture_files, tmp_path, cap
         assert run_small(picture_files, tmp_path / "parts", *flags, "--num_iter", end, "--resume") == 0
     assert run_small(picture_files, tmp_path / "once", *flags, "--num_iter", "3") == 0
     for number in (1, 2, 3):
-        np.testing.assert_array_equal(pixels(tmp_path / "parts", number), pixels(tmp_path / "once", number))
+        np.testing.assert_array_equal(pixels_of(tmp_path / "parts", number), pixels_of(tmp_path / "once", number))
     capsys.readouterr()
-    deepstyle.main(["--describe", str(tmp_path / "parts" / "result_image_at_iteration_3.png")])
+    main(["--describe", str(tmp_path / "parts" / "result_image_at_iteration_3.png")])
     said = capsys.readouterr().out
     assert "makes it again" in said
     assert "--optimizer device" in said
 
 
 def test_after_a_kill_the_last_state_is_gone_on_with_and_not_called_exact(picture_files, tmp_path, capsys, monkeypatch):
-    from deepstyle_support.files import Outputs
+    from deepstyle_app.files import Outputs
 
     with monkeypatch.context() as killed:
         killed.setattr(Outputs, "finish", lambda self: [])  # what a kill leaves out
         assert run_small(picture_files, tmp_path / "out", "--num_iter", "1") == 0
     assert run_small(picture_files, tmp_path / "out", "--num_iter", "2", "--resume") == 0
     capsys.readouterr()
-    deepstyle.main(["--describe", str(tmp_path / "out" / "result_image_at_iteration_2.png")])
+    main(["--describe", str(tmp_path / "out" / "result_image_at_iteration_2.png")])
     assert "comes close to it" in capsys.readouterr().out
 
 
@@ -291,7 +303,7 @@ def test_what_was_learnt_in_another_way_is_gone_on_with(picture_files, tmp_path)
     np.savez(path, **contents)
     for folder in ("once", "parts"):
         assert run_small(picture_files, tmp_path / folder, "--num_iter", "2", "--resume") == 0
-    np.testing.assert_array_equal(pixels(tmp_path / "once", 2), pixels(tmp_path / "parts", 2))
+    np.testing.assert_array_equal(pixels_of(tmp_path / "once", 2), pixels_of(tmp_path / "parts", 2))
 
 
 def test_of_gigabytes_nothing_is_kept_and_that_is_said(picture_files, tmp_path, capsys, monkeypatch):

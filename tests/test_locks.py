@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from deepstyle_support import locks
-from deepstyle_support.locks import folder_for, lock_of
+from deepstyle_app import locks
+from deepstyle_app.locks import folder_for, lock_of
 from deepstyle_support.messages import UserError
 
 

@@ -8,12 +8,16 @@ import pytest
 from conftest import smooth_picture
 
 import deepstyle
-from deepstyle import Settings
-from deepstyle_support.pictures import mask_on_grid
+from deepstyle import Pictures, Settings, Stage
+from deepstyle_support.engine import Engine
+from deepstyle_support.images import resize, to_input_space
+from deepstyle_support.masks import mask_on_grid
+from deepstyle_support.memory import Plan
+from deepstyle_support.settings import STYLE_LAYERS, weights_of_styles
 from deepstyle_support.vgg import CHANNELS, halo
 
 SIZE = (37, 51)  # odd, so that pooling leaves rows and columns out
-LAYERS = deepstyle.STYLE_LAYERS
+LAYERS = STYLE_LAYERS
 
 
 def picture(seed, size=SIZE):
@@ -26,7 +30,7 @@ def soft_mask(seed, size=SIZE):
 
 
 def some_x():
-    return deepstyle.to_input_space(picture(1)) + np.random.default_rng(3).normal(0, 20, (*SIZE, 3))
+    return to_input_space(picture(1)) + np.random.default_rng(3).normal(0, 20, (*SIZE, 3))
 
 
 def on_grid(mask, layer):
@@ -88,17 +92,17 @@ def test_tiles_change_nothing_where_there_are_masks(untrained):
         deepstyle.Objective(picture(1, size), [picture(2), picture(4, size)], **styles, weights=untrained, tile=tile)
         for tile in ("off", "32")
     )
-    x = deepstyle.to_input_space(picture(3, size))
+    x = to_input_space(picture(3, size))
     expected, got = whole.evaluate(x), tiled.evaluate(x)
     assert got.parts == pytest.approx(expected.parts, rel=1e-5)
     assert np.linalg.norm(got.gradient - expected.gradient) <= 2e-6 * np.linalg.norm(expected.gradient)
 
 
 def test_one_weight_is_shared_out_among_the_styles():
-    assert deepstyle.weights_of_styles(Settings(style_weight=3.0, style_scale=2.0), 3) == [2.0, 2.0, 2.0]
-    assert deepstyle.weights_of_styles(Settings(style_weight=[1.0, 3.0]), 2) == [1.0, 3.0]
+    assert weights_of_styles(Settings(style_weight=3.0, style_scale=2.0), 3) == [2.0, 2.0, 2.0]
+    assert weights_of_styles(Settings(style_weight=[1.0, 3.0]), 2) == [1.0, 3.0]
     with pytest.raises(deepstyle.UserError, match="--style_weight has 2 weights for 3 styles"):
-        deepstyle.weights_of_styles(Settings(style_weight=[1.0, 3.0]), 3)
+        weights_of_styles(Settings(style_weight=[1.0, 3.0]), 3)
 
 
 def test_a_style_of_weight_zero_is_not_computed(untrained):
@@ -127,7 +131,7 @@ def test_a_small_region_gets_the_style_as_strongly_as_a_large_one(untrained):
         objective = deepstyle.Objective(
             flat, picture(2, (96, 96)), style_masks=[mask], style_layers="conv2_1", weights=untrained
         )
-        losses.append(objective.evaluate(deepstyle.to_input_space(flat)).sum_of("style"))
+        losses.append(objective.evaluate(to_input_space(flat)).losses.style)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -164,7 +168,7 @@ def test_a_style_of_another_size_counts_as_if_it_were_as_large_as_the_picture(un
 
 
 def test_style_size_and_fit_decide_the_shape_that_a_style_is_shown_in():
-    styles = (np.zeros((100, 300, 3), np.uint8),)
+    pictures = Pictures(np.zeros((400, 300, 3), np.uint8), (np.zeros((100, 300, 3), np.uint8),))
     for options, expected in (
         ({}, (200, 150)),
         ({"style_fit": "keep"}, (200, 600)),
@@ -172,21 +176,24 @@ def test_style_size_and_fit_decide_the_shape_that_a_style_is_shown_in():
         ({"style_size": 100, "style_fit": "keep"}, (50, 150)),
     ):
         # At half of --image_size, as --scales 2 begins, the style is shown at half as well.
-        assert deepstyle.style_sizes(styles, (200, 150), Settings(image_size=400, **options)) == [expected]
+        stage = Stage(pictures, Settings(image_size=400, **options), (200, 150), (400, 300), 1)
+        assert stage.style_sizes == [expected]
+    stage = Stage(pictures, Settings(image_size=200, style_size=31), (200, 300), (200, 300), 1)
     with pytest.raises(deepstyle.UserError, match="a style picture would have 31 x 46 pixels"):
-        deepstyle.style_sizes(styles, (200, 300), Settings(image_size=200, style_size=31))
+        _ = stage.style_sizes
 
 
 def test_the_objective_gets_the_styles_in_their_shapes(untrained):
-    shapes = []
-
-    def make(content, styles, **options):
-        shapes.extend([content.shape, styles[0].shape])
-
-    pictures = deepstyle.Pictures(picture(1, (40, 60)), (picture(2, (40, 80)),))
-    settings = Settings(image_size=40, style_size=32, style_fit="keep")
-    deepstyle.objective_at((40, 60), pictures, settings, untrained, None, make=make)
-    assert shapes == [(40, 60, 3), (32, 64, 3)]
+    content, style = picture(1, (80, 120)), picture(2, (40, 80))
+    (stage,) = deepstyle.stages_of(
+        Pictures(content, (style,)), Settings(image_size=40, style_size=32, style_fit="keep")
+    )
+    shown = stage.shown()
+    assert (shown.content.shape, shown.styles[0].shape) == ((40, 60, 3), (32, 64, 3))
+    x = to_input_space(picture(3, (40, 60)))
+    expected = deepstyle.Objective(resize(content, (40, 60)), resize(style, (32, 64)), weights=untrained).evaluate(x)
+    found = deepstyle.Objective.at(stage, Engine(Plan(None, 10), untrained), deepstyle.Watch()).evaluate(x)
+    assert found.parts == expected.parts
 
 
 def test_several_layers_share_the_contents_weight(untrained, found):

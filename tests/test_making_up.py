@@ -6,21 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL
+from conftest import run
 from PIL import Image
 
 import deepstyle
-from deepstyle_support import terminal
-from deepstyle_support.files import Outputs
-from deepstyle_support.outputs import iterations_in_events, write_animation
-from deepstyle_support.report import read_report
+from deepstyle_app import terminal
+from deepstyle_app.files import Outputs
+from deepstyle_app.outputs import iterations_in_events, write_animation
+from deepstyle_app.report import read_report
 
 EXTRAS = {"--log": "a.csv", "--tensorboard": "events", "--report": "a.html", "--animation": "a.gif"}
 COARSE = ["--image_size", "64", "--scales", "2", "--coarse_iter", "2"]
-
-
-def run(picture_files, prefix, *flags):
-    return deepstyle.main([*picture_files, str(prefix), *SMALL, *map(str, flags)])
 
 
 def extras(folder):
@@ -118,7 +114,7 @@ def test_what_a_kill_after_the_last_state_left_out_is_made(picture_files, tmp_pa
 def test_an_animation_that_found_no_room_is_made_on_resume(picture_files, tmp_path, capfd, monkeypatch):
     flags = ["--animation", tmp_path / "a.webp"]
     with monkeypatch.context() as full:
-        write_whole = "deepstyle_support.outputs.write_whole"
+        write_whole = "deepstyle_app.outputs.write_whole"
         error = deepstyle.UserError("no room", status=1)
         full.setattr(write_whole, lambda path, write: (_ for _ in ()).throw(error))
         assert run(picture_files, tmp_path / "a", *flags) == 1
@@ -144,7 +140,7 @@ def test_of_many_iterations_those_that_a_report_does_not_show_are_not_missed(
     picture_files, tmp_path, capfd, monkeypatch
 ):
     for module in ("files", "report"):
-        monkeypatch.setattr(f"deepstyle_support.{module}.MOST_PICTURES", 3)
+        monkeypatch.setattr(f"deepstyle_app.{module}.MOST_PICTURES", 3)
     flags = ["--report", tmp_path / "a.html", "--every", 9]
     assert run(picture_files, tmp_path / "a", *flags, "--num_iter", 5) == 0
     assert [one.number for one in read_report(tmp_path / "a.html")[0]] == [0, 2, 4, 5]

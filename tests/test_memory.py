@@ -19,6 +19,7 @@ from PIL import Image
 
 import deepstyle
 from deepstyle import Settings
+from deepstyle_app.command import main
 from deepstyle_support import limits, memory
 from deepstyle_support.backend import import_keras
 from deepstyle_support.device import Memory
@@ -553,10 +554,10 @@ def test_memory_that_runs_out_in_mid_run_loses_nothing_and_is_said(untrained, mo
         paths.append(str(tmp_path / name))
         Image.fromarray(smooth_picture(seed, 40, 230)).save(paths[-1])
     flags = ["--weights", "random", "--image_size", "40", "--num_iter", "2", "--tile", "off"]
-    assert deepstyle.main([*paths, str(tmp_path / "plenty"), *flags, "--log", str(tmp_path / "plenty.csv")]) == 0
+    assert main([*paths, str(tmp_path / "plenty"), *flags, "--log", str(tmp_path / "plenty.csv")]) == 0
     assert "out of memory" not in capsys.readouterr().out
     run_out_above(210, monkeypatch, after=25)
-    assert deepstyle.main([*paths, str(tmp_path / "short"), *flags, "--log", str(tmp_path / "short.csv")]) == 0
+    assert main([*paths, str(tmp_path / "short"), *flags, "--log", str(tmp_path / "short.csv")]) == 0
     lines = capsys.readouterr().out.splitlines()
     said = lines.index("out of memory: trying again in tiles of at most 128 pixels")
     assert lines[said - 1].startswith("iteration 1/2")
@@ -567,7 +568,7 @@ def test_memory_that_runs_out_in_mid_run_loses_nothing_and_is_said(untrained, mo
     np.testing.assert_array_equal(short["evaluations"], plenty["evaluations"])
     np.testing.assert_allclose(short["loss"], plenty["loss"], rtol=0.01)
     for iteration, again in ((1, "makes it again"), (2, "comes close to it, not bit for bit")):
-        assert deepstyle.main(["--describe", str(tmp_path / f"short_at_iteration_{iteration}.png")]) == 0
+        assert main(["--describe", str(tmp_path / f"short_at_iteration_{iteration}.png")]) == 0
         assert f"this {again}" in capsys.readouterr().out
 
 

@@ -14,6 +14,7 @@ from odd_files import chunk, png, tiff
 from PIL import Image
 
 import deepstyle
+from deepstyle_app.command import main
 from deepstyle_support import metadata
 from deepstyle_support.reading import shape_of
 
@@ -296,8 +297,8 @@ def test_a_warning_within_the_command_is_dropped(picture_files, monkeypatch, rec
         warnings.warn("of a library", stacklevel=1)
         raise deepstyle.UserError("enough")
 
-    monkeypatch.setattr(deepstyle, "run", fail)
-    assert deepstyle.main([*picture_files, "out"]) == 2
+    monkeypatch.setattr("deepstyle_app.command.run", fail)
+    assert main([*picture_files, "out"]) == 2
     assert len(recwarn) == 0
 
 

@@ -12,6 +12,9 @@ from conftest import ONE_THREAD, for_scripts, smooth_picture
 import deepstyle
 from deepstyle_support.backend import as_array, import_keras, parts_and_gradient
 from deepstyle_support.convolution import convolve, kernel_on_device
+from deepstyle_support.engine import on_device
+from deepstyle_support.images import to_input_space
+from deepstyle_support.settings import STYLE_LAYERS
 
 WEIGHTS = {"content_weight": 0.025, "style_weight": 1.0, "total_variation_weight": 1e-5}
 ALONE = [{name: WEIGHTS[name] * (name == only) for name in WEIGHTS} for only in WEIGHTS]
@@ -21,7 +24,7 @@ def pictures(rows, columns):
     """content and style, and a start that is neither: (H, W, 3)."""
     content, style = smooth_picture(1, rows, columns), smooth_picture(2, rows, columns)
     noise = np.random.default_rng(3).normal(0, 20, content.shape)
-    return content, style, deepstyle.to_input_space(content) + noise
+    return content, style, to_input_space(content) + noise
 
 
 def oracle_loss(content, style, network, settings, pool_type="ave", content_layer="conv5_2", padding="zeros"):
@@ -68,24 +71,26 @@ def test_style_scale_multiplies_the_style_weight(untrained):
     content, style, x = pictures(32, 32)
     once = deepstyle.Objective(content, style, weights=untrained).evaluate(x)
     scaled = deepstyle.Objective(content, style, weights=untrained, style_scale=2.5).evaluate(x)
-    assert scaled.sum_of("style") == pytest.approx(2.5 * once.sum_of("style"), rel=1e-6)
-    assert scaled.sum_of("content") == once.sum_of("content")
+    assert scaled.losses.style == pytest.approx(2.5 * once.losses.style, rel=1e-6)
+    assert scaled.losses.content == once.losses.content
 
 
 def test_parts_add_up_to_the_loss(untrained):
     content, style, x = pictures(32, 32)
     evaluation = deepstyle.Objective(content, style, weights=untrained).evaluate(x)
-    layers = [f"style {name}" for name in deepstyle.STYLE_LAYERS]
+    layers = [f"style {name}" for name in STYLE_LAYERS]
     assert list(evaluation.parts) == ["content conv5_2", *layers, "total variation"]
-    assert evaluation.loss == sum(evaluation.parts.values())
-    assert evaluation.sum_of("style") == sum(evaluation.parts[name] for name in layers)
+    assert evaluation.loss == evaluation.losses.total == sum(evaluation.parts.values())
+    assert evaluation.losses.content == evaluation.parts["content conv5_2"]
+    assert evaluation.losses.style == sum(evaluation.parts[name] for name in layers)
+    assert evaluation.losses.variation == evaluation.parts["total variation"]
     assert min(evaluation.parts.values()) > 0
 
 
 def test_content_picture_has_no_content_loss(untrained):
     content, style, _ = pictures(32, 32)
-    evaluation = deepstyle.Objective(content, style, weights=untrained).evaluate(deepstyle.to_input_space(content))
-    assert evaluation.sum_of("content") == pytest.approx(0, abs=1e-6 * evaluation.sum_of("style"))
+    evaluation = deepstyle.Objective(content, style, weights=untrained).evaluate(to_input_space(content))
+    assert evaluation.losses.content == pytest.approx(0, abs=1e-6 * evaluation.losses.style)
 
 
 def test_the_same_x_has_the_same_gradient_bit_for_bit():
@@ -108,9 +113,9 @@ def test_targets_are_computed_once_and_no_layer_below_the_need_is_built(untraine
     asked = []
     features = deepstyle.features
 
-    def spy(x, weights, layers, pool_type):
+    def spy(x, network, layers, pool_type):
         asked.append(set(layers))
-        found = dict(features(x, weights, layers, pool_type))
+        found = dict(features(x, network, layers, pool_type))
         assert set(found) == set(layers)
         return iter(found.items())
 
@@ -120,10 +125,11 @@ def test_targets_are_computed_once_and_no_layer_below_the_need_is_built(untraine
     for _ in range(3):
         objective(x)
     # One each for the targets, and one tracing of the loss that three evaluations share.
-    assert asked == [{"conv5_2"}, set(deepstyle.STYLE_LAYERS), {"conv5_2", *deepstyle.STYLE_LAYERS}]
-    shallow = {name: objective.of_tile.weights[name] for name in ("conv1_1", "conv1_2", "conv2_1")}
+    assert asked == [{"conv5_2"}, set(STYLE_LAYERS), {"conv5_2", *STYLE_LAYERS}]
+    network = on_device(untrained, "zeros")
+    shallow = {name: network[name] for name in ("conv1_1", "conv1_2", "conv2_1")}
     shallow["conv2_2"] = (cast(Any, None), None)  # not to be computed
-    assert set(dict(features(deepstyle.to_input_space(content), shallow, ["conv2_1"], "ave"))) == {"conv2_1"}
+    assert set(dict(features(to_input_space(content), shallow, ["conv2_1"], "ave"))) == {"conv2_1"}
 
 
 def test_what_is_no_picture_is_refused(untrained):
@@ -155,7 +161,7 @@ def test_a_convolution_continues_the_picture_by_its_edge_and_so_does_its_gradien
 def test_a_flat_picture_is_flat_to_its_border_with_edge_padding_only(untrained):
     flat = np.full((40, 48, 3), 90, np.uint8)
     for padding in ("zeros", "edge"):
-        weights = deepstyle.on_device(untrained, padding)
-        found = dict(deepstyle.features(deepstyle.to_input_space(flat), weights, ["conv3_1"], "ave"))
+        network = on_device(untrained, padding)
+        found = dict(deepstyle.features(to_input_space(flat), network, ["conv3_1"], "ave"))
         f = np.asarray(found["conv3_1"])
         assert np.allclose(f, f[5, 5], rtol=1e-3, atol=1e-3 * f.max()) == (padding == "edge")

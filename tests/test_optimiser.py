@@ -1,6 +1,5 @@
 """L-BFGS run once, seen through a generator; the rules for stopping."""
 
-import functools
 import itertools
 import math
 import os
@@ -10,15 +9,20 @@ import time
 
 import numpy as np
 import pytest
-from conftest import smooth_picture
+from conftest import Recorder, evaluation_of, paint, smooth_picture
 from scipy import optimize
 
 import deepstyle
-from deepstyle import Evaluation, Settings
+from deepstyle import Pictures, Settings, State, minimise, stages_of
+from deepstyle_support.engine import Engine
+from deepstyle_support.images import MEAN_BGR, enlarge, resize
+from deepstyle_support.memory import Plan
 
 
 class Rosenbrock:
     """A hard function in the place of the objective; it remembers every point it was asked for."""
+
+    size = (4, 4)
 
     def __init__(self):
         self.asked = []
@@ -27,15 +31,19 @@ class Rosenbrock:
         self.asked.append(np.array(x))
         flat = np.ravel(x)
         loss = optimize.rosen(flat)
-        return Evaluation({"total variation": loss}, optimize.rosen_der(flat).reshape(x.shape))
+        return evaluation_of(loss, optimize.rosen_der(flat).reshape(x.shape))
 
 
 START = np.linspace(-2, 2, 48).reshape(4, 4, 3)
 
 
+def minimised(function, start=START, watch=None, **options):
+    return minimise(function, State(start), watch=watch, **options)
+
+
 def accepted_points(function, count):
     """The start and the first `count` accepted points."""
-    generator = deepstyle.minimise(function, START)
+    generator = minimised(function)
     points = [next(generator) for _ in range(count + 1)]
     generator.close()
     return points
@@ -72,7 +80,7 @@ def test_points_are_those_of_one_uninterrupted_lbfgs():
 
 def test_an_iteration_is_twenty_evaluations():
     function, counts = Rosenbrock(), []
-    for _, number in zip(deepstyle.minimise(function, START), range(6), strict=False):
+    for _, number in zip(minimised(function), range(6), strict=False):
         counts.append(len(function.asked))
         assert 0 <= counts[-1] - max(1, 20 * number) <= 5  # the line search under way is finished
 
@@ -82,18 +90,20 @@ def test_what_comes_with_a_point_belongs_to_it():
         assert point.evaluation.loss == optimize.rosen(point.x.ravel())
 
 
-def test_every_evaluation_is_told():
-    told = []
-    generator = deepstyle.minimise(Rosenbrock(), START, lambda count, evaluation: told.append((count, evaluation.loss)))
+def test_the_watch_sees_every_evaluation():
+    watch = Recorder()
+    generator = minimised(Rosenbrock(), START, watch)
     next(generator)
     next(generator)
     generator.close()
-    assert [count for count, _ in told] == list(range(1, len(told) + 1))
-    assert told[0][1] == optimize.rosen(START.ravel())
+    assert [(size, count) for size, count, _ in watch.seen] == [((4, 4), n + 1) for n in range(len(watch.seen))]
+    assert watch.seen[0][2] == optimize.rosen(START.ravel())
 
 
 class Parabola:
     """sum x^2, whose gradient has the wrong sign at the calls in `wrong`: line searches fail there."""
+
+    size = (4, 4)
 
     def __init__(self, wrong=()):
         self.calls, self.wrong = 0, wrong
@@ -103,7 +113,7 @@ class Parabola:
         sign = -1 if self.calls in self.wrong else 1
         scale = np.arange(1, x.size + 1).reshape(x.shape) ** 2
         loss = float(np.sum(scale * x**2))
-        return Evaluation({"total variation": loss}, sign * 2 * scale * x)
+        return evaluation_of(loss, sign * 2 * scale * x)
 
 
 def test_a_failed_line_search_starts_the_optimiser_again():
@@ -116,20 +126,20 @@ def test_a_failed_line_search_starts_the_optimiser_again():
 
     alone = optimize.minimize(parabola, START.ravel() + 3, jac=True, method="L-BFGS-B")
     assert not alone.success
-    points = list(deepstyle.minimise(Parabola(wrong={1}), START + 3))
+    points = list(minimised(Parabola(wrong={1}), START + 3))
     assert points[-1].evaluation.loss < 1e-9 * points[0].evaluation.loss
 
 
 def test_a_run_that_cannot_improve_ends_by_itself():
     function = Parabola()
-    points = list(deepstyle.minimise(function, np.zeros((2, 2, 3))))
+    points = list(minimised(function, np.zeros((2, 2, 3))))
     assert len(points) == 2  # the start, and as the only result the start again
     assert function.calls == 3  # the first run and two fruitless ones
 
 
 def test_closing_the_generator_ends_the_run():
     function = Rosenbrock()
-    generator = deepstyle.minimise(function, START)
+    generator = minimised(function)
     next(generator)
     before = len(function.asked)
     generator.close()
@@ -150,7 +160,7 @@ def test_ctrl_c_while_the_next_point_is_waited_for_ends_the_run_within_one_evalu
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores SIGINT
     try:
         with pytest.raises(KeyboardInterrupt):
-            list(deepstyle.minimise(function, START))
+            list(minimised(function))
     finally:
         signal.signal(signal.SIGINT, inherited)
     assert len(function.asked) <= 7
@@ -159,7 +169,7 @@ def test_ctrl_c_while_the_next_point_is_waited_for_ends_the_run_within_one_evalu
 
 def test_stop_hands_over_the_accepted_point_at_the_next_evaluation():
     function = Rosenbrock()
-    points = list(deepstyle.minimise(function, START, stop=lambda: len(function.asked) == 27))
+    points = list(minimised(function, watch=Recorder(27)))
     assert len(function.asked) == 27
     assert len(points) == 3  # the start, after 20 evaluations, and what the other seven brought
     assert points[2].evaluation.loss < points[1].evaluation.loss
@@ -167,7 +177,7 @@ def test_stop_hands_over_the_accepted_point_at_the_next_evaluation():
 
 
 def test_stop_before_the_first_evaluation_still_gives_the_start():
-    points = list(deepstyle.minimise(Rosenbrock(), START, stop=lambda: True))
+    points = list(minimised(Rosenbrock(), watch=Recorder(0)))
     np.testing.assert_array_equal(points[-1].x, START)
 
 
@@ -180,7 +190,7 @@ def test_what_was_accepted_before_an_evaluation_failed_is_not_lost():
 
     losses = []
     with pytest.raises(deepstyle.UserError, match="on purpose"):
-        for point in deepstyle.minimise(Failing(), START):
+        for point in minimised(Failing()):
             losses.append(point.evaluation.loss)
     assert len(losses) == 3
     assert losses[2] < losses[1] < losses[0]
@@ -192,12 +202,12 @@ def test_an_error_in_the_objective_reaches_the_caller():
             raise ZeroDivisionError("on purpose")
 
     with pytest.raises(ZeroDivisionError, match="on purpose"):
-        list(deepstyle.minimise(Broken(), START))
+        list(minimised(Broken()))
 
 
 def small_run(untrained, **options):
-    pictures = deepstyle.Pictures(smooth_picture(1, 32, 40), (smooth_picture(2, 40, 32),))
-    return list(deepstyle.paint(pictures, Settings(image_size=32, **options), untrained))
+    pictures = Pictures(smooth_picture(1, 32, 40), (smooth_picture(2, 40, 32),))
+    return list(paint(pictures, Settings(image_size=32, **options), untrained))
 
 
 def test_iterations_asked_for_are_run_and_their_numbers_agree(untrained):
@@ -207,7 +217,7 @@ def test_iterations_asked_for_are_run_and_their_numbers_agree(untrained):
         assert after.loss < before.loss
         assert after.improvement == pytest.approx(100 * (before.loss - after.loss) / before.loss)
     for i in iterations:
-        assert i.loss == i.content_loss + i.style_loss + i.total_variation_loss
+        assert i.loss == i.losses.total == i.losses.content + i.losses.style + i.losses.variation
         assert i.picture.shape == (32, 40, 3)
         assert i.picture.dtype == np.uint8
         assert i.seconds > 0
@@ -228,23 +238,20 @@ def test_seed_decides_the_noise(untrained):
     assert np.any(a != c)
 
 
+def larger_pictures():
+    return Pictures(smooth_picture(1, 64, 80), (smooth_picture(2, 40, 32),))
+
+
 def watched_run(untrained, stop_at=math.inf, num_iter=1, **options):
     """The iterations, and (size, count, loss) of every evaluation; it is stopped after `stop_at` of them."""
-    told = []
-    iterations = deepstyle.paint(
-        deepstyle.Pictures(smooth_picture(1, 64, 80), (smooth_picture(2, 40, 32),)),
-        Settings(image_size=64, num_iter=num_iter, **options),
-        untrained,
-        on_evaluation=lambda *news: told.append(news),
-        stop=lambda: len(told) >= stop_at,
-    )
-    return list(iterations), told
+    watch, settings = Recorder(stop_at), Settings(image_size=64, num_iter=num_iter, **options)
+    return list(paint(larger_pictures(), settings, untrained, watch=watch)), watch.seen
 
 
 def test_coarse_sizes_have_their_own_iterations(untrained):
-    (*_, iteration), told = watched_run(untrained, scales=2, num_iter=3, coarse_iter=2)
+    (*_, iteration), seen = watched_run(untrained, scales=2, num_iter=3, coarse_iter=2)
     (coarse, first), (fine, second) = (
-        (size, [count for *_, count, _ in news]) for size, news in itertools.groupby(told, lambda news: news[0])
+        (size, [count for _, count, _ in group]) for size, group in itertools.groupby(seen, lambda one: one[0])
     )
     assert (coarse, fine) == ((32, 40), (64, 80))
     for counts, iterations in ((first, 2), (second, 3)):
@@ -257,9 +264,11 @@ def test_coarse_sizes_have_their_own_iterations(untrained):
 def test_coarse_iter_is_one_number_for_all_coarse_sizes_or_one_for_each():
     sizes = [(32, 40), (64, 80), (128, 160)]
     for given, expected in ((4, [4, 4, 10]), ((20, 5), [20, 5, 10])):
-        totals = deepstyle.iterations_at_sizes(sizes, Settings(scales=3, coarse_iter=given))
-        assert (list(totals), list(totals.values())) == (sizes, expected)
-    assert deepstyle.iterations_at_sizes(sizes[:1], Settings()) == {sizes[0]: 10}
+        stages = stages_of(larger_pictures(), Settings(image_size=128, scales=3, coarse_iter=given))
+        assert [(stage.size, stage.iterations) for stage in stages] == list(zip(sizes, expected, strict=True))
+        assert [stage.is_full for stage in stages] == [False, False, True]
+    (stage,) = stages_of(larger_pictures(), Settings(image_size=32))
+    assert (stage.size, stage.iterations, stage.is_full) == (sizes[0], 10, True)
     said = r"--coarse_iter has 3 numbers \(3 2 1\); with --scales 3 there are 2 coarse sizes"
     with pytest.raises(deepstyle.UserError, match=said):
         Settings(scales=3, coarse_iter=(3, 2, 1))
@@ -269,13 +278,13 @@ def test_coarse_iter_is_one_number_for_all_coarse_sizes_or_one_for_each():
 
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_at_half_the_rows_the_content_counts_4_times_as_much_in_the_mean(untrained, kind):
-    pictures = deepstyle.Pictures(smooth_picture(1, 64, 80), (smooth_picture(2, 40, 32),))
-    settings = Settings(image_size=64, scales=2, content_loss_type=kind, tile="off")
-    x = smooth_picture(3, 32, 40) - deepstyle.MEAN_BGR
-    coarse = deepstyle.objective_at((32, 40), pictures, settings, untrained, None).evaluate(x).parts
+    pictures = larger_pictures()
+    stage, _ = stages_of(pictures, Settings(image_size=64, scales=2, content_loss_type=kind))
+    x = smooth_picture(3, 32, 40) - MEAN_BGR
+    coarse = deepstyle.Objective.at(stage, Engine(Plan(None, 10), untrained), deepstyle.Watch()).evaluate(x).parts
     alone = deepstyle.Objective(
-        deepstyle.resize(pictures.content, (32, 40)),
-        deepstyle.resize(pictures.styles[0], (32, 40)),
+        resize(pictures.content, (32, 40)),
+        resize(pictures.styles[0], (32, 40)),
         weights=untrained,
         content_loss_type=kind,
     )
@@ -295,83 +304,62 @@ def test_an_absurd_content_weight_ends_a_coarse_size_as_it_does_the_full_one(unt
 def test_each_size_starts_from_the_coarser_result(untrained):
     (_, plain), (_, scaled) = (watched_run(untrained, scales=scales) for scales in (1, 2))
     assert plain[0][0] == (64, 80)
-    start = next(evaluation.loss for size, _, evaluation in scaled if size == (64, 80))
-    assert start < 0.7 * plain[0][2].loss
+    start = next(loss for size, _, loss in scaled if size == (64, 80))
+    assert start < 0.7 * plain[0][2]
 
 
 def test_the_photos_detail_is_carried_over_to_a_finer_size():
-    pictures = deepstyle.Pictures(smooth_picture(1, 64, 80), (smooth_picture(2, 40, 32),))
+    painted = smooth_picture(3, 32, 40).astype(np.float32)
     for start in ("content", "recolored", "gray"):
-        settings = Settings(image_size=64, scales=2, init_image=start)
-        coarse, fine = (deepstyle.start_picture(pictures, size, settings) for size in ((32, 40), (64, 80)))
-        assert np.abs(deepstyle.enlarge(coarse, (64, 80)) - fine).max() > 1
-        np.testing.assert_allclose(deepstyle.carried_over(coarse, (64, 80), pictures, settings), fine, atol=1e-4)
+        coarse, fine = stages_of(larger_pictures(), Settings(image_size=64, scales=2, init_image=start))
+        assert np.abs(enlarge(coarse.start(), (64, 80)) - fine.start()).max() > 1
+        np.testing.assert_allclose(fine.carried_over(coarse.start(), coarse), fine.start(), atol=1e-4)
         # What was painted comes on top, as bicubic enlarging has it.
-        painted = smooth_picture(3, 32, 40).astype(np.float32)
-        added = deepstyle.carried_over(coarse + painted, (64, 80), pictures, settings) - fine
-        np.testing.assert_allclose(added, deepstyle.enlarge(painted, (64, 80)), atol=1e-3)
-    of_noise = deepstyle.carried_over(painted, (64, 80), pictures, Settings(init_image="noise", scales=2))
-    np.testing.assert_array_equal(of_noise, deepstyle.enlarge(painted, (64, 80)))
+        added = fine.carried_over(coarse.start() + painted, coarse) - fine.start()
+        np.testing.assert_allclose(added, enlarge(painted, (64, 80)), atol=1e-3)
+    coarse, fine = stages_of(larger_pictures(), Settings(image_size=64, scales=2, init_image="noise"))
+    np.testing.assert_array_equal(fine.carried_over(painted, coarse), enlarge(painted, (64, 80)))
 
 
 def test_stop_at_a_coarse_size_gives_what_there_is_enlarged(untrained):
-    (iteration,), told = watched_run(untrained, stop_at=5, scales=2)
-    assert iteration.coarse
+    (iteration,), seen = watched_run(untrained, stop_at=5, scales=2)
+    assert iteration.is_coarse
     assert iteration.picture.shape == (64, 80, 3)
     assert iteration.own_size.shape == (32, 40, 3)
     assert iteration.state.size == (32, 40)
     assert (iteration.state.partial, iteration.state.evaluations) == (True, 5)
-    assert [size for size, *_ in told] == [(32, 40)] * 5
-
-
-def note(told, *news):
-    told.append(news)
-
-
-def enough(told):
-    return len(told) >= 9
+    assert [size for size, *_ in seen] == [(32, 40)] * 5
 
 
 def test_however_often_a_run_is_stopped_its_evaluations_are_done(untrained):
-    pictures = deepstyle.Pictures(smooth_picture(1, 64, 80), (smooth_picture(2, 40, 32),))
     settings, state, numbers, evaluations = Settings(image_size=64, num_iter=2, scales=2, coarse_iter=1), None, [], []
     for _ in range(30):
-        told: list[tuple] = []
-        watch = {"on_evaluation": functools.partial(note, told), "stop": functools.partial(enough, told)}
-        iterations = deepstyle.paint(pictures, settings, untrained, state=state, **watch)
-        for iteration in iterations:
+        for iteration in paint(larger_pictures(), settings, untrained, state, Recorder(9)):
             state = iteration.state
-            numbers.append((iteration.coarse, iteration.number))
-            evaluations.append(iteration.evaluations)
-        if not iteration.coarse and state.iteration == 2:
+            numbers.append((iteration.is_coarse, iteration.number))
+            evaluations.append(state.evaluations)
+        if not iteration.is_coarse and state.iteration == 2:
             break
     assert sorted(set(numbers)) == [(False, 1), (False, 2), (True, 1)]
     assert numbers == sorted(numbers, key=lambda number: (not number[0], number[1]))
     assert 40 <= evaluations[-1] <= 45
     (*_, unbroken), _ = watched_run(untrained, scales=2, num_iter=2, coarse_iter=1)
-    assert iteration.loss < 2 * unbroken.loss  # what is learnt of the curvature is lost at each stop
+    assert iteration.loss < 2 * unbroken.loss  # what is known of the curvature is lost at each stop
 
 
 def test_a_resumed_run_does_not_begin_coarse_again(untrained):
     (*_, iteration), _ = watched_run(untrained, scales=2)
-    told = []
-    settings = Settings(image_size=64, num_iter=2, scales=2)
-    (resumed,) = deepstyle.paint(
-        deepstyle.Pictures(smooth_picture(1, 64, 80), (smooth_picture(2, 40, 32),)),
-        settings,
-        untrained,
-        state=iteration.state,
-        on_evaluation=lambda *news: told.append(news),
-    )
+    watch, settings = Recorder(), Settings(image_size=64, num_iter=2, scales=2)
+    (resumed,) = paint(larger_pictures(), settings, untrained, iteration.state, watch)
     assert resumed.number == 2
-    assert {size for size, *_ in told} == {(64, 80)}
+    assert {size for size, *_ in watch.seen} == {(64, 80)}
 
 
 def test_history_is_the_number_of_corrections(monkeypatch):
     options = []
     minimize = optimize.minimize
     monkeypatch.setattr(optimize, "minimize", lambda *a, **k: options.append(k["options"]) or minimize(*a, **k))
-    next(deepstyle.minimise(Rosenbrock(), START, history=7))
+    next(minimised(Rosenbrock(), history=7))
     assert options[0]["maxcor"] == 7
 
 

@@ -16,24 +16,18 @@ import forked
 import imageio.v3
 import numpy as np
 import pytest
-from conftest import SMALL, for_scripts, smooth_picture
+from conftest import SMALL, describe, for_scripts, pixels, run_quietly, smooth_picture
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import deepstyle
 from deepstyle import Pictures, Settings
-from deepstyle_support import ownership
-from deepstyle_support.outputs import write_animation, write_log
-from deepstyle_support.pictures import colours, from_input_space, match_colours, resize, with_colours
-from deepstyle_support.provenance import command_again
-
-
-def run(picture_files, prefix, *flags):
-    return deepstyle.main([*picture_files, str(prefix), *SMALL, "--quiet", *map(str, flags)])
-
-
-def pixels(path):
-    return np.asarray(Image.open(path))
+from deepstyle_app import ownership
+from deepstyle_app.command import command_line, main
+from deepstyle_app.outputs import write_animation, write_log
+from deepstyle_app.recipe import command_again
+from deepstyle_support.colours import colours, match_colours, with_colours
+from deepstyle_support.images import from_input_space, resize
 
 
 def write_mask(path, size=(48, 64)):
@@ -44,18 +38,12 @@ def write_mask(path, size=(48, 64)):
     return path
 
 
-def describe(path, capsys):
-    capsys.readouterr()
-    assert deepstyle.main(["--describe", str(path)]) == 0
-    return capsys.readouterr().out
-
-
 def test_every_saves_each_nth_picture_and_the_last(picture_files, tmp_path):
-    assert run(picture_files, tmp_path / "a", "--num_iter", 5, "--every", 2) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 5, "--every", 2) == 0
     assert sorted(path.name for path in tmp_path.glob("a_at*")) == [f"a_at_iteration_{n}.png" for n in (2, 4, 5)]
     # An end before --num_iter has a last one, too.
     flags = ["--num_iter", 5, "--every", 4, "--min_improvement", 99.999]
-    assert run(picture_files, tmp_path / "b", *flags) == 0
+    assert run_quietly(picture_files, tmp_path / "b", *flags) == 0
     assert [path.name for path in tmp_path.glob("b_at*")] == ["b_at_iteration_2.png"]
 
 
@@ -63,7 +51,7 @@ def test_every_leaves_a_state_to_go_on_from_after_each_iteration(picture_files, 
     saved = []
     savez = np.savez
     monkeypatch.setattr(np, "savez", lambda file, **state: saved.append(state["iteration"]) or savez(file, **state))
-    assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--every", 10) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 3, "--every", 10) == 0
     assert saved == [1, 2, 3]
 
 
@@ -72,7 +60,7 @@ def test_a_picture_says_how_it_was_made_and_the_command_makes_it_again(picture_f
     flags = ["--style_masks", mask, mask, "--init_image", "noise", "--seed", 3, "--preserve_color", "--scales", 2]
     flags += ["--image_size", 64, "--style_weight", 1, 2, "--tile", 64, "--every", 2, "--content_layer", "conv4_2"]
     flags += ["--coarse_iter", 1]
-    assert run([*picture_files, picture_files[0]], tmp_path / "a", *flags) == 0
+    assert run_quietly([*picture_files, picture_files[0]], tmp_path / "a", *flags) == 0
     said = describe(tmp_path / "a_at_iteration_2.png", capsys)
     assert f"made with: deepstyle {deepstyle.__version__}" in said
     assert "\niteration: 2\n" in said
@@ -128,7 +116,7 @@ def test_a_command_runs_in_a_shell_and_means_the_same_files_whatever_they_are_ca
     assert ran.stderr == b""
     runs = ran.stdout.split(b"\0\0")[:-1]
     for name, run in zip(HOSTILE, runs, strict=True):
-        parsed = deepstyle.command_line().parse_args([os.fsdecode(one) for one in run.split(b"\0")][1:])
+        parsed = command_line().parse_args([os.fsdecode(one) for one in run.split(b"\0")][1:])
         named = [parsed.content, *parsed.style, parsed.prefix, parsed.content_mask, *parsed.style_masks]
         named += [parsed.weights, parsed.init_image]
         assert {os.path.normpath(one) for one in named} == {os.path.normpath(name)}
@@ -146,13 +134,13 @@ def test_what_describe_prints_makes_a_picture_of_oddly_named_files_again(picture
     content, prefix = "-caf\udce9 $1\n.png", "--out\udcff"
     os.rename(picture_files[0], content)
     command = [f"./{content}", "style.png", f"./{prefix}", "--num_iter", "1", *SMALL[:4], f"--content_mask={content}"]
-    assert deepstyle.main(command) == 0
+    assert main(command) == 0
     before = pixels(f"./{prefix}_at_iteration_1.png")
     said = describe(f"./{prefix}_at_iteration_1.png", capsys)
     script = "python() { printf '%s\\0' \"$@\"; }\n" + said.splitlines()[-1]
     ran = subprocess.run(["sh"], input=script.encode(), capture_output=True, check=True)
     again = [os.fsdecode(one) for one in ran.stdout.split(b"\0")[1:-1]]
-    assert deepstyle.main([*again, "--overwrite"]) == 0
+    assert main([*again, "--overwrite"]) == 0
     np.testing.assert_array_equal(pixels(f"./{prefix}_at_iteration_1.png"), before)
 
 
@@ -167,7 +155,7 @@ def test_describe_writes_no_line_or_escape_code_of_a_name(tmp_path, capsys):
 
 
 def test_the_command_has_the_plan_that_was_made_and_not_the_memory_it_was_made_for(picture_files):
-    arguments = deepstyle.command_line().parse_args([*picture_files, "out", "--max_memory", "3", "--allow_large"])
+    arguments = command_line().parse_args([*picture_files, "out", "--max_memory", "3", "--allow_large"])
     plan = deepstyle.Plan(tile=512, history=7, needed=0, free=0)
     made = deepstyle.how_it_is_made(arguments, Settings(max_memory=3), plan)
     command = command_again(json.loads(json.dumps(made)), dataclasses.asdict(Settings()))
@@ -181,7 +169,7 @@ def test_the_command_has_the_plan_that_was_made_and_not_the_memory_it_was_made_f
     [("tensorflow", "python deepstyle.py "), ("jax", "env KERAS_BACKEND=jax python deepstyle.py ")],
 )
 def test_the_command_names_a_backend_that_is_not_the_usual_one(picture_files, backend, begins):
-    arguments = deepstyle.command_line().parse_args([*picture_files, "out"])
+    arguments = command_line().parse_args([*picture_files, "out"])
     made = deepstyle.how_it_is_made(arguments, Settings(), deepstyle.Plan(None, 10, 0, 0)) | {"backend": backend}
     assert command_again(made, dataclasses.asdict(Settings())).startswith(begins)
 
@@ -191,14 +179,14 @@ def test_a_picture_that_says_something_else_is_one_line(tmp_path, capsys):
     text.add_itxt("Software", "deepstyle")
     text.add_itxt("deepstyle", "{}")
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=text)
-    assert deepstyle.main(["--describe", str(tmp_path / "a.png")]) == 2
+    assert main(["--describe", str(tmp_path / "a.png")]) == 2
     assert "does not say how it was made, or not all of it" in capsys.readouterr().err
 
 
 def test_a_picture_of_a_resumed_run_does_not_claim_that_its_command_makes_it_again(picture_files, tmp_path, capsys):
-    assert run(picture_files, tmp_path / "a", "--num_iter", 1) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 1) == 0
     assert "this makes it again" in describe(tmp_path / "a_at_iteration_1.png", capsys)
-    assert run(picture_files, tmp_path / "a", "--num_iter", 2, "--resume") == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 2, "--resume") == 0
     said = describe(tmp_path / "a_at_iteration_2.png", capsys)
     assert "comes close to it, not bit for bit" in said
 
@@ -206,7 +194,7 @@ def test_a_picture_of_a_resumed_run_does_not_claim_that_its_command_makes_it_aga
 @pytest.mark.parametrize("name", ["style.png", "none.png", "text.png"])
 def test_describe_says_in_one_line_if_a_picture_tells_nothing(picture_files, tmp_path, capsys, name):
     (tmp_path / "text.png").write_text("no picture")
-    assert deepstyle.main(["--describe", str(tmp_path / name)]) == 2
+    assert main(["--describe", str(tmp_path / name)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("deepstyle: error: ")
     assert said.count("\n") == 1
@@ -216,7 +204,7 @@ def test_describe_says_in_one_line_if_a_picture_tells_nothing(picture_files, tmp
 @pytest.mark.parametrize("kind", ["gif", "webp", "mp4"])
 def test_the_animation_begins_with_the_start_and_holds_the_last_picture(picture_files, tmp_path, kind):
     path = tmp_path / "new" / f"a.{kind}"
-    assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--every", 3, "--animation", path) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 3, "--every", 3, "--animation", path) == 0
     frames = imageio.v3.imread(path, index=None if kind == "mp4" else ...)
     start = resize(deepstyle.read_picture(picture_files[0])[0], (32, 42))
     last = pixels(tmp_path / "a_at_iteration_3.png")
@@ -244,9 +232,9 @@ def test_one_picture_is_an_animation_too(tmp_path, kind):
 
 
 def test_a_resumed_runs_animation_has_the_pictures_before(picture_files, tmp_path):
-    assert run(picture_files, tmp_path / "a", "--num_iter", 2) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 2) == 0
     path = tmp_path / "a.gif"
-    assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--resume", "--animation", path) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 3, "--resume", "--animation", path) == 0
     assert len(imageio.v3.imread(path, index=...)) == 4
 
 
@@ -256,7 +244,7 @@ def rows_of(path):
 
 def test_the_log_has_a_row_of_losses_for_each_iteration(picture_files, tmp_path):
     path = tmp_path / "a.csv"
-    assert run(picture_files, tmp_path / "a", "--log", path) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--log", path) == 0
     rows = rows_of(path)
     assert [row["iteration"] for row in rows] == ["1", "2"]
     names = ["content conv5_2", *(f"style {layer}" for layer in deepstyle.STYLE_LAYERS), "total variation"]
@@ -265,10 +253,10 @@ def test_the_log_has_a_row_of_losses_for_each_iteration(picture_files, tmp_path)
         for row, losses in zip(rows, state["losses"][1:], strict=True):
             assert float(row["loss"]) == losses[0] == sum(float(row[name]) for name in names)
     # A resumed run goes on with it, a new one begins it anew.
-    assert run(picture_files, tmp_path / "a", "--log", path, "--num_iter", 3, "--resume") == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--log", path, "--num_iter", 3, "--resume") == 0
     assert [row["iteration"] for row in rows_of(path)] == ["1", "2", "3"]
     assert rows_of(path)[:2] == rows
-    assert run(picture_files, tmp_path / "a", "--log", path, "--num_iter", 1) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--log", path, "--num_iter", 1) == 0
     assert [row["iteration"] for row in rows_of(path)] == ["1"]
 
 
@@ -304,7 +292,7 @@ COARSE = ["--image_size", 64, "--scales", 2, "--coarse_iter", 3]
 def test_a_coarse_size_is_saved_logged_and_shown_like_any(picture_files, tmp_path, capsys):
     log, animation, coarse = tmp_path / "a.csv", tmp_path / "a.gif", "a_at_32x42_iteration"
     flags = [*COARSE, "--log", log, "--animation", animation]
-    assert run(picture_files, tmp_path / "a", *flags) == 0
+    assert run_quietly(picture_files, tmp_path / "a", *flags) == 0
     sizes = [(row["rows"], row["columns"], row["iteration"]) for row in rows_of(log)]
     assert sizes == [("32", "42", n) for n in "123"] + [("64", "85", n) for n in "12"]
     assert sorted(path.name for path in tmp_path.glob("a_at_32*")) == [f"{coarse}_{n}.png" for n in (1, 2, 3)]
@@ -314,7 +302,7 @@ def test_a_coarse_size_is_saved_logged_and_shown_like_any(picture_files, tmp_pat
         tmp_path / f"{coarse}_3.png", capsys
     )
     # They belong to the run, and go with it.
-    assert run(picture_files, tmp_path / "a", *flags, "--every", 2) == 0
+    assert run_quietly(picture_files, tmp_path / "a", *flags, "--every", 2) == 0
     assert len(list((tmp_path / "a_earlier_1").glob("a_at_32x42_iteration_*.png"))) == 3
     assert sorted(path.name for path in tmp_path.glob("a_at_32*")) == [f"{coarse}_{n}.png" for n in (2, 3)]
 
@@ -329,10 +317,10 @@ def test_log_and_animation_go_on_where_a_run_stopped_at_a_coarse_size(picture_fi
 
     with monkeypatch.context() as broken:
         broken.setattr(deepstyle.Objective, "evaluate", fail)
-        assert run(picture_files, tmp_path / "a", *flags) == 1
+        assert run_quietly(picture_files, tmp_path / "a", *flags) == 1
     assert [row["iteration"] for row in rows_of(tmp_path / "a.csv")] == ["1", "2", "3"]  # the last one in part
     begun = rows_of(tmp_path / "a.csv")
-    assert run(picture_files, tmp_path / "a", *flags, "--resume") == 0
+    assert run_quietly(picture_files, tmp_path / "a", *flags, "--resume") == 0
     rows = rows_of(tmp_path / "a.csv")
     assert [(row["rows"], row["iteration"]) for row in rows] == [("32", n) for n in "123"] + [("64", n) for n in "12"]
     assert rows[:2] == begun[:2]
@@ -341,9 +329,9 @@ def test_log_and_animation_go_on_where_a_run_stopped_at_a_coarse_size(picture_fi
 
 def test_a_log_of_0_2_0_is_gone_on_with(picture_files, tmp_path):
     path = tmp_path / "a.csv"
-    assert run(picture_files, tmp_path / "a", "--log", path, "--num_iter", 1) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--log", path, "--num_iter", 1) == 0
     path.write_text("\n".join(line.split(",", 2)[2] for line in path.read_text().splitlines()) + "\n")
-    assert run(picture_files, tmp_path / "a", "--log", path, "--resume") == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--log", path, "--resume") == 0
     assert [(row["rows"], row["columns"], row["iteration"]) for row in rows_of(path)] == [
         ("32", "42", "1"),
         ("32", "42", "2"),
@@ -353,10 +341,10 @@ def test_a_log_of_0_2_0_is_gone_on_with(picture_files, tmp_path):
 def test_an_earlier_runs_log_and_animation_are_moved_aside_with_its_pictures(picture_files, tmp_path):
     flags = ["--log", tmp_path / "logs" / "a.csv", "--animation", tmp_path / "a.gif", "--num_iter", 1]
     for _ in range(2):
-        assert run(picture_files, tmp_path / "a", *flags) == 0
+        assert run_quietly(picture_files, tmp_path / "a", *flags) == 0
     earlier = sorted(path.name for path in (tmp_path / "a_earlier_1").iterdir())
     assert earlier == ["a.csv", "a.gif", "a_at_iteration_1.png", "a_state.npz"]
-    assert run(picture_files, tmp_path / "a", *flags, "--overwrite") == 0
+    assert run_quietly(picture_files, tmp_path / "a", *flags, "--overwrite") == 0
     assert not (tmp_path / "a_earlier_2").exists()
 
 
@@ -364,7 +352,10 @@ def test_tensorboard_gets_the_losses_and_the_pictures(picture_files, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util import tensor_util
 
-    assert run(picture_files, tmp_path / "a", "--tensorboard", tmp_path / "events", "--log", tmp_path / "a.csv") == 0
+    assert (
+        run_quietly(picture_files, tmp_path / "a", "--tensorboard", tmp_path / "events", "--log", tmp_path / "a.csv")
+        == 0
+    )
     events = EventAccumulator(str(tmp_path / "events"), size_guidance={"tensors": 0})
     events.Reload()
     rows = rows_of(tmp_path / "a.csv")
@@ -381,7 +372,7 @@ def test_tensorboard_gets_the_losses_and_the_pictures(picture_files, tmp_path):
 def test_tensorboard_has_each_coarse_size_in_a_group_of_its_own(picture_files, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert run(picture_files, tmp_path / "a", *COARSE, "--tensorboard", tmp_path / "events") == 0
+    assert run_quietly(picture_files, tmp_path / "a", *COARSE, "--tensorboard", tmp_path / "events") == 0
     events = EventAccumulator(str(tmp_path / "events"), size_guidance={"tensors": 0})
     events.Reload()
     for group, iterations, size in (("32x42/", [1, 2, 3], (42, 32)), ("", [1, 2], (85, 64))):
@@ -395,9 +386,10 @@ def test_tensorboard_goes_on_with_a_resumed_run_and_needs_no_tensorflow(picture_
     pytest.importorskip("jax")
     command = [*picture_files, str(tmp_path / "a"), *SMALL, "--tensorboard", str(tmp_path / "events"), "--quiet"]
     script = (
-        "import sys, conftest, deepstyle\n"
+        "import sys, conftest\n"
+        "from deepstyle_app.command import main\n"
         "for flags in (['--num_iter', '1'], ['--num_iter', '2', '--resume']):\n"
-        "    print(deepstyle.main(sys.argv[1:] + flags), 'tensorflow' in sys.modules)"
+        "    print(main(sys.argv[1:] + flags), 'tensorflow' in sys.modules)"
     )
     given = {"env": for_scripts(KERAS_BACKEND="jax"), "capture_output": True, "text": True}
     ended = subprocess.run([sys.executable, "-c", script, *command], **given)
@@ -417,7 +409,7 @@ def test_a_package_that_is_missing_is_named_before_the_start(
     picture_files, tmp_path, capsys, monkeypatch, flags, package
 ):
     monkeypatch.setattr(ownership.importlib.util, "find_spec", lambda name: None)
-    assert run(picture_files, tmp_path / "a", *flags) == 2
+    assert run_quietly(picture_files, tmp_path / "a", *flags) == 2
     assert f"needs the package {package}" in capsys.readouterr().err
     assert not list(tmp_path.glob("a*"))
 
@@ -458,7 +450,7 @@ def test_match_recolours_the_styles_and_leaves_the_result_alone(untrained):
 
 def test_luma_is_what_true_means():
     assert Settings(preserve_color=True) == Settings(preserve_color="luma")
-    assert deepstyle.command_line().parse_args(["c", "s", "p", "--preserve_color", "luma"]).preserve_color == "luma"
+    assert command_line().parse_args(["c", "s", "p", "--preserve_color", "luma"]).preserve_color == "luma"
 
 
 def test_the_contents_colours_are_kept_where_the_color_mask_is():
@@ -525,14 +517,17 @@ def match_colours_of_region(region, style):
 @pytest.mark.parametrize("start", ["gray", "recolored", "style.png"])
 def test_the_start_decides_what_is_painted(picture_files, tmp_path, start):
     started = start if start in ("gray", "recolored") else picture_files[1]
-    assert run(picture_files, tmp_path / "a", "--num_iter", 1, "--init_image", started) == 0
-    assert run(picture_files, tmp_path / "b", "--num_iter", 1) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 1, "--init_image", started) == 0
+    assert run_quietly(picture_files, tmp_path / "b", "--num_iter", 1) == 0
     assert np.any(pixels(tmp_path / "a_at_iteration_1.png") != pixels(tmp_path / "b_at_iteration_1.png"))
 
 
 def test_stylize_takes_several_styles_and_masks(picture_files, tmp_path):
     mask = write_mask(tmp_path / "mask.png")
-    assert run([*picture_files, picture_files[0]], tmp_path / "a", "--style_masks", mask, mask, "--num_iter", 1) == 0
+    assert (
+        run_quietly([*picture_files, picture_files[0]], tmp_path / "a", "--style_masks", mask, mask, "--num_iter", 1)
+        == 0
+    )
     content, style = (deepstyle.read_picture(path)[0] for path in picture_files)
     options = {"style_masks": [np.asarray(Image.open(mask))] * 2, "weights": "random", "image_size": 32, "num_iter": 1}
     (iteration,) = deepstyle.stylize(content, [style, content], **options)
@@ -541,38 +536,40 @@ def test_stylize_takes_several_styles_and_masks(picture_files, tmp_path):
 
 def test_resume_refuses_another_mask(picture_files, tmp_path, capsys):
     mask, other = write_mask(tmp_path / "mask.png"), write_mask(tmp_path / "other.png", (10, 10))
-    assert run(picture_files, tmp_path / "a", "--num_iter", 1, "--content_mask", mask) == 0
-    assert run(picture_files, tmp_path / "a", "--resume", "--content_mask", other) == 2
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 1, "--content_mask", mask) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--resume", "--content_mask", other) == 2
     assert "the content mask picture's SHA-256 was" in capsys.readouterr().err
-    assert run(picture_files, tmp_path / "a", "--resume") == 2
+    assert run_quietly(picture_files, tmp_path / "a", "--resume") == 2
     assert "cannot resume" in capsys.readouterr().err
 
 
 def test_the_command_has_every_flag_that_is_not_its_default_if_it_is_0_or_false():
-    arguments = deepstyle.command_line().parse_args(["c.png", "s.png", "out"])
+    arguments = command_line().parse_args(["c.png", "s.png", "out"])
     falsy = {"maintain_aspect_ratio": False, "total_variation_weight": 0.0, "content_weight": 0.0}
     made = deepstyle.how_it_is_made(arguments, Settings(**falsy), deepstyle.Plan(None, 10, 0, 0))
     command = command_again(json.loads(json.dumps(made)), dataclasses.asdict(Settings()))
-    parsed = deepstyle.command_line().parse_args(shlex.split(command)[2:])
+    parsed = command_line().parse_args(shlex.split(command)[2:])
     assert {name: getattr(parsed, name) for name in falsy} == falsy
 
 
 def test_an_animation_of_a_resumed_run_has_the_pictures_up_to_its_state(picture_files, tmp_path):
-    assert run(picture_files, tmp_path / "a", "--num_iter", 2) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 2) == 0
     stale = pixels(tmp_path / "a_at_iteration_1.png")
     Image.fromarray(stale).save(tmp_path / "a_at_iteration_4.png")
-    assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--resume", "--animation", tmp_path / "a.gif") == 0
+    assert (
+        run_quietly(picture_files, tmp_path / "a", "--num_iter", 3, "--resume", "--animation", tmp_path / "a.gif") == 0
+    )
     assert Image.open(tmp_path / "a.gif").n_frames == 4  # the start, and three
 
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_what_another_run_wrote_is_neither_moved_nor_written_to(picture_files, tmp_path, capsys, resumed):
     log, events = tmp_path / "a.csv", tmp_path / "events"
-    assert run(picture_files, tmp_path / "a", "--num_iter", 1, "--log", log, "--tensorboard", events) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 1, "--log", log, "--tensorboard", events) == 0
     before = log.read_bytes()
-    assert run(picture_files, tmp_path / "b", "--num_iter", 1) == 0
+    assert run_quietly(picture_files, tmp_path / "b", "--num_iter", 1) == 0
     for flags in (["--log", log], ["--tensorboard", events]):
-        assert run(picture_files, tmp_path / "b", *flags, *["--resume", "--num_iter", 2] * resumed) == 2
+        assert run_quietly(picture_files, tmp_path / "b", *flags, *["--resume", "--num_iter", 2] * resumed) == 2
         assert "is there, and not of a run with this PREFIX" in capsys.readouterr().err
     assert log.read_bytes() == before
     assert not (tmp_path / "b_earlier_1").exists()
@@ -580,12 +577,12 @@ def test_what_another_run_wrote_is_neither_moved_nor_written_to(picture_files, t
 
 def test_an_earlier_runs_events_are_moved_aside(picture_files, tmp_path):
     for _ in range(2):
-        assert run(picture_files, tmp_path / "a", "--num_iter", 1, "--tensorboard", tmp_path / "events") == 0
+        assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 1, "--tensorboard", tmp_path / "events") == 0
     assert len(list((tmp_path / "events").iterdir())) == 1
     assert len(list((tmp_path / "a_earlier_1").glob("events*"))) == 1
 
 
 def test_a_picture_over_pillows_limit_says_how_it_was_made(picture_files, tmp_path, capsys, monkeypatch):
-    assert run(picture_files, tmp_path / "a", "--num_iter", 1) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 1) == 0
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert "iteration: 1" in describe(tmp_path / "a_at_iteration_1.png", capsys)

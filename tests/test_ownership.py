@@ -5,10 +5,10 @@ import os
 import numpy as np
 import pytest
 
+from deepstyle import State
+from deepstyle_app.ownership import RunFiles, base_path
+from deepstyle_app.state import Record, write_state
 from deepstyle_support.messages import UserError
-from deepstyle_support.ownership import RunFiles, base_path
-from deepstyle_support.records import State
-from deepstyle_support.state import Record, write_state
 
 STATE = State(np.zeros((4, 5, 3)), np.ones((2, 4)), {}, 20, False)
 ROWS = ["rows,columns,iteration,evaluations,seconds,loss", "4,5,1,9,0.123,7.5", "4,5,1,20,0.456,6.5"]

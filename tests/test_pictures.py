@@ -12,18 +12,8 @@ from PIL import Image
 
 import deepstyle
 from deepstyle import Pictures, Settings
-from deepstyle_support.pictures import (
-    MEAN_BGR,
-    RESAMPLING,
-    colours,
-    enlarge,
-    from_input_space,
-    match_colours,
-    recolour,
-    resize,
-    to_input_space,
-    with_colours_of,
-)
+from deepstyle_support.colours import colours, match_colours, recolour, with_colours_of
+from deepstyle_support.images import MEAN_BGR, RESAMPLING, enlarge, from_input_space, resize, to_input_space
 from deepstyle_support.transparency import laid_on
 
 

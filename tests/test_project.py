@@ -13,6 +13,7 @@ from conftest import IMAGES
 from PIL import Image
 
 import deepstyle
+from deepstyle_app.command import command_line
 
 ROOT = IMAGES.parent
 README = (ROOT / "README.md").read_text()
@@ -21,7 +22,7 @@ LOOKS = (ROOT / "docs" / "looks.md").read_text()
 
 def test_the_readmes_table_has_every_flag_with_its_default():
     table = dict(re.findall(r"^\| `--(\w+)` \| (.*?) ?\| .*\|$", README, re.MULTILINE))
-    defaults = vars(deepstyle.command_line().parse_args(["CONTENT", "STYLE", "PREFIX"]))
+    defaults = vars(command_line().parse_args(["CONTENT", "STYLE", "PREFIX"]))
     flags = {name: value for name, value in defaults.items() if name not in ("content", "style", "prefix")}
     assert flags.keys() == table.keys()
     for name, value in flags.items():
@@ -42,7 +43,7 @@ def test_the_commands_beside_the_pictures_are_right():
     commands = re.findall(r"^    sh run.sh (.*)$", LOOKS, re.MULTILINE)
     assert len(commands) >= 17
     for command in commands:
-        arguments = deepstyle.command_line().parse_args(shlex.split(command))
+        arguments = command_line().parse_args(shlex.split(command))
         settings = deepstyle.Settings(**{name: getattr(arguments, name) for name in vars(deepstyle.Settings())})
         given = [arguments.content, *arguments.style]
         masks = [*arguments.style_masks, arguments.content_mask, arguments.color_mask]

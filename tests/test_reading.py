@@ -1,5 +1,6 @@
 """Photos as they come: colour profiles, HEIC, AVIF, cameras' raw files."""
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -7,10 +8,12 @@ import sys
 import icc
 import numpy as np
 import pytest
-from conftest import SMALL, smooth_picture
+from conftest import smooth_picture
 from PIL import Image, features
 
 import deepstyle
+from deepstyle_app.inputs import read_inputs
+from deepstyle_app.job import Job
 from deepstyle_support import profiles, reading
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
@@ -108,11 +111,10 @@ def test_a_profile_of_no_use_is_told_and_ignored(tmp_path, picture_files, capfd,
     np.testing.assert_array_equal(picture, smooth_picture(1, 40, 48))
     assert len(notes) == 1
     assert said in notes[0]
-    parsed = deepstyle.command_line().parse_args([path, picture_files[1], "out", *SMALL])
-    deepstyle.read_inputs(parsed, deepstyle.Settings(image_size=32))
+    job = Job(path, (picture_files[1],), "out", deepstyle.Settings(image_size=32))
+    read_inputs(job)
     assert capfd.readouterr().err == f"deepstyle: '{path}' {notes[0]}\n"
-    parsed.quiet = True
-    deepstyle.read_inputs(parsed, deepstyle.Settings(image_size=32))
+    read_inputs(dataclasses.replace(job, quiet=True))
     assert capfd.readouterr().err == ""
 
 

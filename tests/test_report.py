@@ -13,18 +13,15 @@ import urllib.parse
 import forked
 import numpy as np
 import pytest
-from conftest import SMALL
+from conftest import SMALL, run_quietly
 from PIL import Image
 
 import deepstyle
-from deepstyle_support import report
-from deepstyle_support.provenance import command_again, read_made
-from deepstyle_support.records import State
-from deepstyle_support.report import MOST_PICTURES, Shown, encoded, plot, points_before, read_report, thinned
-
-
-def run(picture_files, prefix, *flags):
-    return deepstyle.main([*picture_files, str(prefix), *SMALL, "--quiet", *map(str, flags)])
+from deepstyle import State
+from deepstyle_app import report
+from deepstyle_app.command import command_line, main
+from deepstyle_app.recipe import command_again, read_made
+from deepstyle_app.report import MOST_PICTURES, Shown, encoded, plot, points_before, read_report, thinned
 
 
 def decoded(picture):
@@ -48,7 +45,7 @@ def test_the_page_has_the_inputs_the_iterations_and_the_losses(picture_files, tm
     path = tmp_path / "new" / "a.html"
     mask = tmp_path / "mask.png"
     Image.fromarray(np.repeat(np.uint8([[0, 255]]), 20, axis=0)).save(mask)
-    assert run(picture_files, tmp_path / "a", "--report", path, "--content_mask", mask) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--report", path, "--content_mask", mask) == 0
     shown, points = read_report(path)
     assert [one.number for one in shown] == [0, 1, 2]
     assert_shows_what_was_saved(shown, tmp_path / "a")
@@ -79,7 +76,9 @@ def test_what_was_tried_behind_the_state_that_is_gone_on_from_is_not_in_the_plot
 
 
 def test_a_picture_that_every_leaves_out_is_in_the_report(picture_files, tmp_path):
-    assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--every", 3, "--report", tmp_path / "a.html") == 0
+    assert (
+        run_quietly(picture_files, tmp_path / "a", "--num_iter", 3, "--every", 3, "--report", tmp_path / "a.html") == 0
+    )
     assert not (tmp_path / "a_at_iteration_1.png").exists()
     assert [one.number for one in read_report(tmp_path / "a.html")[0]] == [0, 1, 2, 3]
 
@@ -87,7 +86,7 @@ def test_a_picture_that_every_leaves_out_is_in_the_report(picture_files, tmp_pat
 def test_only_the_new_picture_is_encoded(picture_files, tmp_path, monkeypatch):
     made, encode = [], report.encoded
     monkeypatch.setattr(report, "encoded", lambda *given: made.append(given) or encode(*given))
-    assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--report", tmp_path / "a.html") == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 3, "--report", tmp_path / "a.html") == 0
     assert len(made) == 3 + 3  # content, style and start, and each iteration once
 
 
@@ -99,7 +98,7 @@ def test_the_page_is_whole_after_each_iteration(picture_files, tmp_path, monkeyp
         pages.append(path.read_text())
 
     monkeypatch.setattr(report.Report, "add", look)
-    assert run(picture_files, tmp_path / "a", "--report", path) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--report", path) == 0
     assert [page.count('class="iteration"') for page in pages] == [2, 3]
     assert all(page.startswith("<!doctype html>") and page.endswith("</html>") for page in pages)
     assert "Reload this page" in pages[0]
@@ -118,9 +117,9 @@ def test_a_page_that_cannot_be_made_leaves_the_one_before(tmp_path):
 def test_a_resumed_run_goes_on_with_its_report(full_network, picture_files, tmp_path, there):
     path = tmp_path / "a.html"
     flags = ["--report", path, "--every", 1 if there == "damaged" else 5]
-    assert run(picture_files, tmp_path / "a", "--num_iter", 1, *flags) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 1, *flags) == 0
     behind = path.read_bytes()
-    assert run(picture_files, tmp_path / "a", "--num_iter", 2, "--resume", *flags) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 2, "--resume", *flags) == 0
     before = read_report(path)
     if there == "damaged":
         path.write_bytes(path.read_bytes()[:-2000])
@@ -128,7 +127,7 @@ def test_a_resumed_run_goes_on_with_its_report(full_network, picture_files, tmp_
         path.unlink()
     elif there == "behind":
         path.write_bytes(behind)
-    assert run(picture_files, tmp_path / "a", "--num_iter", 3, "--resume", *flags) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 3, "--resume", *flags) == 0
     shown, points = read_report(path)
     # Each run saves its last picture, so these are on disk.
     assert [one.number for one in shown] == [0, 1, 2, 3]
@@ -150,8 +149,8 @@ def test_a_resumed_run_goes_on_with_its_report(full_network, picture_files, tmp_
 def test_coarse_sizes_are_on_the_page_and_stay_when_it_goes_on(picture_files, tmp_path):
     path = tmp_path / "a.html"
     flags = ["--image_size", 64, "--scales", 2, "--coarse_iter", 2, "--report", path]
-    assert run(picture_files, tmp_path / "a", *flags, "--num_iter", 1) == 0
-    assert run(picture_files, tmp_path / "a", *flags, "--num_iter", 2, "--resume") == 0
+    assert run_quietly(picture_files, tmp_path / "a", *flags, "--num_iter", 1) == 0
+    assert run_quietly(picture_files, tmp_path / "a", *flags, "--num_iter", 2, "--resume") == 0
     shown, points = read_report(path)
     coarse, full = (32, 42), (64, 85)
     assert [(one.size, one.number) for one in shown[1:]] == [(coarse, 1), (coarse, 2), (full, 1), (full, 2)]
@@ -191,9 +190,7 @@ def test_ten_iterations_at_400_rows_are_below_5_mb(tmp_path):
     smoothed = [(one + np.roll(one, 1, 0) + np.roll(one, 1, 1)) / 3 for one in noise]
     hard = [np.clip(one, 0, 255).astype(np.uint8) for one in smoothed]
     made = deepstyle.how_it_is_made(
-        deepstyle.command_line().parse_args(["c.png", "s.png", "out"]),
-        deepstyle.Settings(),
-        deepstyle.Plan(None, 9, 0, 0),
+        command_line().parse_args(["c.png", "s.png", "out"]), deepstyle.Settings(), deepstyle.Plan(None, 9, 0, 0)
     )
     defaults = deepstyle.dataclasses.asdict(deepstyle.Settings())
     facts = report.facts_of(made, defaults, {"content": hard[11], "style": hard[10]}, 600)
@@ -215,7 +212,10 @@ BAD_NAME = "<img src=x onerror=alert(1)>\"'&.png"
 def test_names_and_flags_are_escaped(picture_files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(picture_files[1], BAD_NAME)
-    assert run([picture_files[0], BAD_NAME], BAD.replace("/", "") + "é", "--report", "a.html", "--num_iter", 1) == 0
+    assert (
+        run_quietly([picture_files[0], BAD_NAME], BAD.replace("/", "") + "é", "--report", "a.html", "--num_iter", 1)
+        == 0
+    )
     page = (tmp_path / "a.html").read_text("utf-8")
     assert "<script>" not in page
     assert "<img src=x" not in page
@@ -239,12 +239,12 @@ def test_an_ascii_locale_and_a_name_that_is_no_text_make_a_page(picture_files, t
 def test_an_earlier_runs_report_is_moved_aside_or_replaced_and_another_runs_is_refused(picture_files, tmp_path, capsys):
     flags = ["--report", tmp_path / "a.html", "--num_iter", 1]
     for _ in range(2):
-        assert run(picture_files, tmp_path / "a", *flags) == 0
+        assert run_quietly(picture_files, tmp_path / "a", *flags) == 0
     assert (tmp_path / "a_earlier_1" / "a.html").exists()
-    assert run(picture_files, tmp_path / "a", *flags, "--overwrite") == 0
+    assert run_quietly(picture_files, tmp_path / "a", *flags, "--overwrite") == 0
     assert not (tmp_path / "a_earlier_2").exists()
     before = (tmp_path / "a.html").read_bytes()
-    assert run(picture_files, tmp_path / "b", *flags) == 2
+    assert run_quietly(picture_files, tmp_path / "b", *flags) == 2
     assert "is there, and not of a run with this PREFIX" in capsys.readouterr().err
     assert (tmp_path / "a.html").read_bytes() == before
 
@@ -252,7 +252,7 @@ def test_an_earlier_runs_report_is_moved_aside_or_replaced_and_another_runs_is_r
 @pytest.mark.parametrize("name", ["a.pdf", "a", ".html", "folder.html"])
 def test_a_report_has_to_be_a_file_whose_name_ends_in_html(picture_files, tmp_path, capsys, name):
     (tmp_path / "folder.html").mkdir()
-    assert run(picture_files, tmp_path / "a", "--report", tmp_path / name) == 2
+    assert run_quietly(picture_files, tmp_path / "a", "--report", tmp_path / name) == 2
     assert "--report is" in capsys.readouterr().err
     assert not list(tmp_path.glob("a_*"))
 
@@ -260,7 +260,7 @@ def test_a_report_has_to_be_a_file_whose_name_ends_in_html(picture_files, tmp_pa
 def test_an_input_is_not_written_over(picture_files, tmp_path, capsys):
     picture = tmp_path / "photo.html"  # Pillow looks at what a file holds
     shutil.copy(picture_files[0], picture)
-    assert run([str(picture), picture_files[1]], tmp_path / "a", "--report", picture) == 2
+    assert run_quietly([str(picture), picture_files[1]], tmp_path / "a", "--report", picture) == 2
     assert "is an input, and would be written over" in capsys.readouterr().err
 
 
@@ -274,7 +274,7 @@ def test_the_plan_counts_the_report(picture_files, tmp_path):
     for flags in ([], ["--report", str(tmp_path / "a.html")]):
         argv = [*picture_files, str(tmp_path / "a"), *SMALL, "--quiet", "--num_iter", "1", *flags]
         computing = deepstyle.HERE._replace(plan=look)
-        assert deepstyle.main(argv, run_one=functools.partial(deepstyle.run, computing=computing)) == 0
+        assert main(argv, run_one=functools.partial(deepstyle.run, computing=computing)) == 0
     assert held[1].kept - held[0].kept == 2 * 2 * 2 * 32 * 42
 
 
@@ -349,7 +349,7 @@ def test_in_a_browser(picture_files, tmp_path, browser):
     bad = str(tmp_path / BAD_NAME)
     shutil.copy(picture_files[1], bad)
     flags = ["--report", path, "--image_size", 64, "--scales", 2, "--coarse_iter", 1]
-    assert run([picture_files[0], bad], tmp_path / "a", *flags, "--num_iter", 1) == 0
+    assert run_quietly([picture_files[0], bad], tmp_path / "a", *flags, "--num_iter", 1) == 0
     look(browser, path, 1200)
     # The start, a coarse iteration and one more; the last one is shown.
     assert browser.execute_script(VISIBLE) == [False, False, True]
@@ -370,7 +370,7 @@ def test_in_a_browser(picture_files, tmp_path, browser):
     slider.send_keys(Keys.HOME)
     assert browser.execute_script("return getComputedStyle(arguments[0]).outlineStyle", slider) == "solid"
     # What has come since is there after a reload, and it is what is shown.
-    assert run([picture_files[0], bad], tmp_path / "a", *flags, "--num_iter", 2, "--resume") == 0
+    assert run_quietly([picture_files[0], bad], tmp_path / "a", *flags, "--num_iter", 2, "--resume") == 0
     browser.refresh()
     assert browser.execute_script(VISIBLE) == [False, False, False, True]
     for width in (1200, 390):
@@ -387,7 +387,7 @@ def test_in_a_browser(picture_files, tmp_path, browser):
 
 def test_a_page_may_run_nothing_that_is_not_its_own(picture_files, tmp_path, browser):
     path = tmp_path / "a.html"
-    assert run(picture_files, tmp_path / "a", "--report", path, "--num_iter", 1) == 0
+    assert run_quietly(picture_files, tmp_path / "a", "--report", path, "--num_iter", 1) == 0
     meddled = tmp_path / "meddled.html"
     added = "<script>document.title = 'run'</script><img src='http://localhost:9/a.png'></main>"
     meddled.write_text(path.read_text().replace("</main>", added))
@@ -423,7 +423,7 @@ def test_a_folders_report_is_a_page_of_all_its_pictures(photos, tmp_path, monkey
         pages.append(written.read_text()) if written == path else None
 
     monkeypatch.setattr(report, "write_page", look)
-    assert run(photos, tmp_path / "out", "--report", "all.html", "--num_iter", 1) == 1
+    assert run_quietly(photos, tmp_path / "out", "--report", "all.html", "--num_iter", 1) == 1
     # The file that is no picture has failed before the first is painted.
     assert [cards(page) for page in pages] == [(2, 1), (3, 2)]
     assert "Reload this page" in pages[0]
@@ -436,7 +436,7 @@ def test_a_folders_report_is_a_page_of_all_its_pictures(photos, tmp_path, monkey
         assert len(read_report(tmp_path / "out" / link)[0]) == 2
     # What is done already is on it as well.
     path.unlink()
-    assert run(photos, tmp_path / "out", "--report", "all.html", "--num_iter", 1, "--resume") == 1
+    assert run_quietly(photos, tmp_path / "out", "--report", "all.html", "--num_iter", 1, "--resume") == 1
     assert cards(path.read_text()) == (3, 2)
 
 
@@ -444,7 +444,7 @@ def test_a_page_that_is_not_of_a_folder_is_not_written_over(photos, tmp_path, ca
     path = tmp_path / "out" / "all.html"
     path.parent.mkdir()
     path.write_text("mine")
-    assert run(photos, tmp_path / "out", "--report", "all.html") == 2
+    assert run_quietly(photos, tmp_path / "out", "--report", "all.html") == 2
     assert "no page of a folder's photos" in capsys.readouterr().err
     assert path.read_text() == "mine"
     assert [entry.name for entry in path.parent.iterdir()] == ["all.html"]
@@ -459,7 +459,7 @@ def test_a_page_that_cannot_be_read_is_not_written_over(tmp_path, monkeypatch):
 
 
 def test_a_folders_page_in_a_browser(photos, tmp_path, browser):
-    assert run(photos, tmp_path / "out", "--report", "all.html", "--num_iter", 1) == 1
+    assert run_quietly(photos, tmp_path / "out", "--report", "all.html", "--num_iter", 1) == 1
     path = tmp_path / "out" / "all.html"
     for width in (1200, 390):
         for mode in ("light", "dark"):

@@ -5,7 +5,7 @@ import pytest
 from conftest import IMAGES, full_width
 
 import deepstyle
-from deepstyle_support.pictures import resize
+from deepstyle_support.images import resize
 
 pytestmark = [pytest.mark.usefixtures("full_network"), pytest.mark.xdist_group("trained")]
 

@@ -7,16 +7,16 @@ import imageio.v3
 import numpy as np
 import oracle
 import pytest
-from conftest import smooth_picture
+from conftest import describe, pixels, run_quietly, smooth_picture
 from odd_files import chunk, png, tiff
 from PIL import Image
 from test_losses import LAYERS, SIZE, found, on_grid, picture, soft_mask, some_x  # noqa: F401
-from test_outputs import describe, pixels, run
 
 import deepstyle
 from deepstyle import Pictures, Settings
+from deepstyle_support.colours import colours, match_colours
+from deepstyle_support.images import resize
 from deepstyle_support.memory import PLACED_MASK
-from deepstyle_support.pictures import colours, match_colours, resize
 from deepstyle_support.transparency import alpha_of, filled, laid_on
 
 
@@ -202,8 +202,8 @@ def clear_files(tmp_path):
 
 def test_a_run_keeps_the_alpha_through_sizes_resume_and_describe(clear_files, tmp_path, capsys):
     flags = ["--image_size", 64, "--scales", 2, "--coarse_iter", 1, "--rescale_image"]
-    assert run(clear_files, tmp_path / "a", *flags, "--num_iter", 1) == 0
-    assert run(clear_files, tmp_path / "a", *flags, "--num_iter", 2, "--resume") == 0
+    assert run_quietly(clear_files, tmp_path / "a", *flags, "--num_iter", 1) == 0
+    assert run_quietly(clear_files, tmp_path / "a", *flags, "--num_iter", 2, "--resume") == 0
     alpha = pixels(clear_files[0])[..., 3]
     for number in (1, 2):
         np.testing.assert_array_equal(pixels(tmp_path / f"a_at_iteration_{number}.png")[..., 3], alpha)
@@ -212,24 +212,24 @@ def test_a_run_keeps_the_alpha_through_sizes_resume_and_describe(clear_files, tm
     assert "the content picture's SHA-256" in describe(tmp_path / "a_at_iteration_1.png", capsys)
     opaque = np.asarray(Image.open(clear_files[0]))[..., :3]
     Image.fromarray(opaque).save(clear_files[0])
-    assert run(clear_files, tmp_path / "a", *flags, "--num_iter", 3, "--resume") == 2
+    assert run_quietly(clear_files, tmp_path / "a", *flags, "--num_iter", 3, "--resume") == 2
     assert "the content picture's SHA-256 was" in capsys.readouterr().err
 
 
 def test_a_background_is_what_laying_them_on_it_before_would_make(clear_files, tmp_path, capsys):
-    assert run(clear_files, tmp_path / "a", "--num_iter", 1, "--background", "#306090") == 0
+    assert run_quietly(clear_files, tmp_path / "a", "--num_iter", 1, "--background", "#306090") == 0
     assert "--background '#306090'" in describe(tmp_path / "a_at_iteration_1.png", capsys)
     for path in clear_files:
         file = Image.open(path)
         Image.alpha_composite(Image.new("RGBA", file.size, (48, 96, 144)), file).convert("RGB").save(path)
     # Nor is it another run: the pictures are the same.
-    assert run(clear_files, tmp_path / "a", "--num_iter", 1, "--resume") == 0
-    assert run(clear_files, tmp_path / "b", "--num_iter", 1) == 0
+    assert run_quietly(clear_files, tmp_path / "a", "--num_iter", 1, "--resume") == 0
+    assert run_quietly(clear_files, tmp_path / "b", "--num_iter", 1) == 0
     np.testing.assert_array_equal(pixels(tmp_path / "a_at_iteration_1.png"), pixels(tmp_path / "b_at_iteration_1.png"))
 
 
 def test_stylize_takes_transparent_arrays_as_the_command_takes_files(clear_files, tmp_path):
-    assert run(clear_files, tmp_path / "a", "--num_iter", 1) == 0
+    assert run_quietly(clear_files, tmp_path / "a", "--num_iter", 1) == 0
     content, style = (pixels(path) for path in clear_files)
     options = {"weights": "random", "image_size": 32, "num_iter": 1}
     (iteration,) = deepstyle.stylize(content, style, **options)
@@ -243,8 +243,8 @@ def test_stylize_takes_transparent_arrays_as_the_command_takes_files(clear_files
 @pytest.mark.parametrize("kind", ["gif", "webp", "mp4"])
 def test_an_animation_has_the_alpha_that_it_can_have(clear_files, tmp_path, kind):
     # Resumed, so that frames come from saved pictures as well.
-    assert run(clear_files, tmp_path / "a", "--num_iter", 1) == 0
-    assert run(clear_files, tmp_path / "a", "--resume", "--animation", tmp_path / f"a.{kind}") == 0
+    assert run_quietly(clear_files, tmp_path / "a", "--num_iter", 1) == 0
+    assert run_quietly(clear_files, tmp_path / "a", "--resume", "--animation", tmp_path / f"a.{kind}") == 0
     alpha = pixels(tmp_path / "a_at_iteration_2.png")[..., 3]
     if kind == "mp4":
         frame = imageio.v3.imread(tmp_path / "a.mp4", index=0)
@@ -263,7 +263,7 @@ def test_what_is_all_transparent_is_one_clear_error(clear_files, tmp_path, capsy
     nothing = tmp_path / "nothing.png"
     Image.fromarray(np.zeros((48, 64, 4), np.uint8)).save(nothing)
     for pair, name in (([nothing, clear_files[1]], "content"), ([clear_files[0], nothing], "style")):
-        assert run([*map(str, pair)], tmp_path / "a") == 2
+        assert run_quietly([*map(str, pair)], tmp_path / "a") == 2
         said = f"deepstyle: error: the {name} picture is all transparent; --background COLOUR lays it on a colour\n"
         assert capsys.readouterr().err == said
     # A row that pooling leaves out, and a mask that is white where the content is transparent only.

