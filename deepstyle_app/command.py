@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import os
 import sys
 from typing import Any, NoReturn
 
@@ -13,7 +12,7 @@ from deepstyle_support.messages import Stream, UserError, answer, in_words, tell
 from deepstyle_support.settings import Settings
 from deepstyle_support.values import ON_OFF, name_of, value_of
 
-from .folder import run_folder
+from .folder import is_many, run_many
 from .job import Job
 from .recipe import description
 from .run import run
@@ -120,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     fill_closed_descriptors()
     try:
         job = job_of(argv)
-        return run_folder(job) if os.path.isdir(job.content) else run(job).status
+        return run_many(job) if is_many(job) else run(job).status
     except SystemExit as ending:  # --help and --version
         return int(ending.code or 0)
     except KeyboardInterrupt:

@@ -1,14 +1,12 @@
-"""A folder of photos: which there are, where the results of each go, their runs, and what became of each."""
+"""Many pictures by one command: a folder of photos, a folder of styles, or all pairs of the two."""
 
 import contextlib
 import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
@@ -16,17 +14,16 @@ from deepstyle import check_agreement, picture_sizes, planned
 from deepstyle_support.cache import Cache
 from deepstyle_support.device import describe_device
 from deepstyle_support.memory import MIN_SIDE, TooLarge, free_memory, plan_memory
-from deepstyle_support.messages import UserError, counted, in_words, printable, tell, words
+from deepstyle_support.messages import UserError, tell, words
 from deepstyle_support.pictures import Pictures
-from deepstyle_support.reading import read_picture, shape_of
+from deepstyle_support.reading import shape_of
 from deepstyle_support.weights import load_weights
 
+from .batch import Batch, Task
 from .inputs import read_others
 from .job import Job
-from .locks import folder_for, lock_of
-from .ownership import RunFiles, base_path, real, remove_unfinished
-from .report import THUMBNAIL, Card, check_index, encoded, title_of, write_index
-from .run import Ending, Shared, run
+from .ownership import RunFiles, base_path
+from .run import Shared, run
 from .terminal import console_for, signals_as_requests
 
 # Windows hides these in every folder that it has shown; where the folder is copied to, the name alone says so.
@@ -34,53 +31,161 @@ LEFT_BY_WINDOWS = ("thumbs.db", "desktop.ini")
 
 
 @dataclasses.dataclass
-class Photo:
-    """A file of the folder, the folder for its results, and what became of it."""
+class Group:
+    """The pictures that are to be made in one style, or in one mixture of styles."""
 
-    path: Path
-    results: Path
-    ending: Ending | None = None  # of its run, unless that failed
-    failure: str = ""  # why there is no result, in words
-    thumbnail: str = ""  # of its last picture, for the page of the folder
+    job: Job  # with this style
+    tasks: list[Task]
+    others: dict[str, Any] | None = None  # all pictures but the photos, if they are at hand
 
-    def check(self) -> None:
-        """Raise UserError if it is nothing to read from: to open a pipe would wait for its writer."""
-        if self.path.exists() and not self.path.is_file():
-            raise UserError(f"'{self.path}' is neither a file nor a folder")
-
-    def card(self, report: str) -> Card:
-        """What the page of the folder says of it; `report` is the name of its own."""
-        if self.is_done and self.ending and self.ending.picture and not self.thumbnail:
-            with contextlib.suppress(UserError):  # it may have been taken away
-                self.thumbnail = encoded(read_picture(str(self.ending.picture), allow_large=True)[0], THUMBNAIL)
-        loss = f"loss {self.ending.loss:.5g}" if self.ending and self.ending.loss is not None else "stopped"
-        # A photo that was done before may have no report.
-        link = quote(os.fsencode(f"{self.results.name}/{report}")) if (self.results / report).exists() else ""
-        return Card(self.path.name, self.failure or loss, self.thumbnail, link)
-
-    @property
-    def is_done(self) -> bool:
-        return self.ending is not None and self.ending.status == 0
+    def read_others(self) -> dict[str, Any]:
+        """All pictures but the photos; what there is to say of them was said when they were checked."""
+        return self.others or read_others(dataclasses.replace(self.job, quiet=True))
 
 
-def photos_in(folder: Path, results: Path) -> list[Photo]:
+def is_many(job: Job) -> bool:
+    """Whether the job is for many pictures."""
+    return any(map(os.path.isdir, (job.content, *job.style)))
+
+
+def run_many(job: Job) -> int:
+    """A run of each picture, one after another. Returns the exit status.
+
+    What is wrong with all of them is raised before anything is created; what is wrong with one is said, and at the end
+    once more, and stops no other.
+    """
+    settings, free = job.settings, free_memory(job.settings.max_memory)
+    groups, batch = groups_of(job)
+    check(job, groups, batch, free)
+    if not batch.left():
+        return batch.end()
+    weights, source = load_weights(settings.weights, settings.seed, settings.model, job.quiet)
+    batch.show(f"painting {batch.counted(len(batch.left()))} on {describe_device()}; {source}")
+    with signals_as_requests() as received, batch.owned(job.report) as note:
+        if note and not job.quiet:
+            tell(note)
+        cache = Cache()
+        for group in groups:
+            left = [task for task in group.tasks if task in batch.left()]
+            if left and not received:
+                with batch.failures(left):
+                    shared = Shared(group.read_others(), free, weights, cache, received)
+                    run_group(left, batch, shared, job)
+        return batch.end(128 + received[0] if received else 0)
+
+
+def run_group(tasks: list[Task], batch: Batch, shared: Shared, job: Job) -> None:
+    """A run of each picture in one style, until a stop is asked for."""
+    for task in tasks:
+        if not shared.received:
+            with batch.failures([task]):
+                batch.check_results(task)
+                began = time.perf_counter()
+                ending = run(task.job, shared, batch.name_of(task))
+                batch.ended(task, ending, time.perf_counter() - began)
+            if job.report:
+                batch.write_page(job)
+
+
+def groups_of(job: Job) -> tuple[list[Group], Batch]:
+    """All pictures that are to be made, by their styles. Raises UserError for what is wrong with the folders.
+
+    Each one's results go to a folder of the photo's, or the style's, whole name: a.jpg and a.png are two, and no name
+    gets longer.
+    """
+    results = base_path(os.path.join(job.prefix, "")).parent
+    has_folder = [os.path.isdir(style) for style in job.style]
+    if any(has_folder) and len(job.style) > 1:
+        folder = job.style[has_folder.index(True)]
+        raise UserError(
+            f"'{folder}' is a folder; name it as the only style, and each of its pictures is one of its own"
+        )
+    photos = files_in(job.content, results) if os.path.isdir(job.content) else [Path(job.content)]
+    styles = [(str(path),) for path in files_in(job.style[0], results)] if any(has_folder) else [job.style]
+    by_photo, by_style = os.path.isdir(job.content), any(has_folder)
+    groups = []
+    for style in styles:
+        tasks = []
+        for photo in photos:
+            names = [photo.name] * by_photo + [Path(style[0]).name] * by_style
+            where = results.joinpath(*names)
+            tasks.append(Task(job.of_one(str(photo), style, where), " in ".join(names), names, where))
+        groups.append(Group(dataclasses.replace(job, style=style), tasks))
+    batch = Batch(
+        [task for group in groups for task in group.tasks],
+        results,
+        console_for(job.quiet).print,
+        thing="picture" if by_style else "photo",
+        debug=job.debug,
+    )
+    return groups, batch
+
+
+def check(job: Job, groups: list[Group], batch: Batch, free: tuple[float, float]) -> None:
+    """Check all that can be checked before anything is created. Raises UserError for what is wrong with all pictures.
+
+    What is wrong with some is their failure.
+    """
+    common = job.of_one(job.content, job.style, batch.results)
+    RunFiles.of(common).check(common.inputs(), (MIN_SIDE, MIN_SIDE))
+    if job.report:
+        batch.check_page(job.report)
+    for group in groups:
+        with (
+            batch.failures(group.tasks, Path(group.job.style[0]).name) if len(groups) > 1 else contextlib.nullcontext()
+        ):
+            others = checked_others(group.job, free)
+            group.others = others if len(groups) == 1 else None
+    for photo in dict.fromkeys(task.job.content for task in batch.tasks):
+        of_photo = [task for task in batch.left() if task.job.content == photo]
+        if of_photo:
+            with batch.failures(of_photo, Path(photo).name):
+                require_file(photo)
+                picture_sizes(shape_of(photo, job.allow_large), job.settings)
+    passed_over = [*folders_in(job.content, batch.results), *folders_in(job.style[0], batch.results)]
+    for folder, names in passed_over if not job.quiet else []:
+        tell(f"folders in '{folder}' are not looked into: {words(names)}")
+
+
+def checked_others(job: Job, free: tuple[float, float]) -> dict[str, Any]:
+    """The pictures that all photos of one style share. Raises UserError for what is wrong whatever the photo."""
+    for path in job.style:
+        require_file(path)
+    others = read_others(job)
+    # What a square photo would be refused for is no photo's fault, but that it is too large.
+    square = Pictures(np.zeros((MIN_SIDE, MIN_SIDE, 3), np.uint8), **others)
+    with contextlib.suppress(TooLarge):
+        planned(square, job.settings, functools.partial(plan_memory, found=free))
+        check_agreement(square, job.settings)
+    return others
+
+
+def require_file(path: str) -> None:
+    """Raise UserError if it is nothing to read from: to open a pipe would wait for its writer."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"'{path}' is neither a file nor a folder")
+
+
+def files_in(folder: str, results: Path) -> list[Path]:
     """The files of the folder in the order of their names, less hidden ones; folders in it are not looked into.
 
-    Each one's results go to a folder of the file's whole name: a.jpg and a.png are two, and no name gets longer.
-    Raises UserError if there are none, or the results would go among the photos.
+    Raises UserError if there are none, or the results would go among them.
     """
-    if results.resolve() == folder.resolve():
-        raise UserError(f"'{results}' is the folder of the photos; the results need another one, which may be in it")
-    files = sorted(path for path in entries(folder) if not path.is_dir())
+    if results.resolve() == Path(folder).resolve():
+        raise UserError(f"'{results}' is the folder of the pictures; the results need another one, which may be in it")
+    files = sorted(path for path in entries(Path(folder)) if not path.is_dir())
     if not files:
         raise UserError(f"there is no picture in the folder '{folder}'; hidden files and folders do not count")
-    return [Photo(path, results / path.name) for path in files]
+    return files
 
 
-def folders_in(folder: Path, results: Path) -> list[str]:
-    """The names of the folders that are passed over, less that of the results."""
+def folders_in(folder: str, results: Path) -> list[tuple[str, list[str]]]:
+    """If it is a folder: it, and the names of the folders in it that are passed over, less that of the results."""
+    if not os.path.isdir(folder):
+        return []
     own = results.resolve(), *results.resolve().parents
-    return sorted(path.name for path in entries(folder) if path.is_dir() and path.resolve() not in own)
+    names = sorted(path.name for path in entries(Path(folder)) if path.is_dir() and path.resolve() not in own)
+    return [(folder, names)] if names else []
 
 
 def entries(folder: Path) -> list[Path]:
@@ -90,148 +195,3 @@ def entries(folder: Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"cannot read the folder '{folder}': {error.strerror}") from error
     return [path for path in there if not (path.name.startswith(".") or path.name.lower() in LEFT_BY_WINDOWS)]
-
-
-@dataclasses.dataclass
-class Batch:
-    """The photos of one command: it knows what became of each, and tells it."""
-
-    photos: list[Photo]
-    results: Path
-    show: Callable[[str], None]  # a line of what there is to see
-    debug: bool = False
-    _no_page: str = ""  # why the latest page of the photos could not be written, in words
-    _owners: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
-
-    def left(self) -> list[Photo]:
-        """Those whose run has neither ended nor failed."""
-        return [photo for photo in self.photos if not (photo.ending or photo.failure)]
-
-    @contextlib.contextmanager
-    def owned(self, report: str | None) -> Iterator[str]:
-        """Make the folder of the results, and let no other batch write there; `report` is the name of the page in it.
-
-        Yields what the person is to be told, if anything. Raises UserError if another batch writes there, or another
-        run the page.
-        """
-        inside, page = self.results / "photos", self.results / (report or "")
-        with folder_for(inside), lock_of(inside) as note, lock_of(page) if report else contextlib.nullcontext():
-            if report:
-                self.check_page(report)
-            remove_unfinished(self.results, lambda path: path.name == report)
-            yield note
-
-    @contextlib.contextmanager
-    def failures(self, photo: Photo) -> Iterator[None]:
-        """What goes wrong within is told, and kept as why this photo has no result."""
-        try:
-            yield
-        except Exception as error:
-            photo.failure = printable(in_words(error, self.debug))
-            tell(f"{printable(photo.path.name)} fails: {photo.failure}")
-
-    def name_of(self, photo: Photo) -> str:
-        """What to call the photo while it is painted.
-
-        Raises UserError if its results would go where an earlier one's are: some disks do not tell a.jpg from A.JPG.
-        """
-        if photo.results.exists():
-            self._check_owner(photo)
-        return printable(f"{self.photos.index(photo) + 1}/{len(self.photos)} {photo.path.name}: ")
-
-    def ended(self, photo: Photo, ending: Ending, seconds: float) -> None:
-        """Keep how the photo's run ended, and show it. Raises UserError as `name_of`."""
-        photo.ending = ending
-        self._check_owner(photo)
-        if photo.is_done:
-            loss = "nothing better was found, " if ending.loss is None else f"loss {ending.loss:.5g}, "
-            how = f"{seconds:.1f} s" if ending.painted else "done before"
-            where = printable(str(ending.picture or photo.results))
-            self.show(f"{self.name_of(photo)}{loss}{how}, {where}")
-
-    def _check_owner(self, photo: Photo) -> None:
-        found = os.stat(photo.results)
-        owner = self._owners.setdefault((found.st_dev, found.st_ino), photo.path.name)
-        if owner != photo.path.name:
-            raise UserError(f"its results would go where those of '{owner}' are; rename one of the two")
-
-    def check_page(self, report: str) -> None:
-        """Raise UserError if the page of the photos cannot be written by this name."""
-        if any(photo.path.name == report for photo in self.photos):
-            raise UserError(f"--report is '{report}', and so is a photo, whose results have their folder there")
-        check_index(self.results / report)
-
-    def write_page(self, report: str, folder: str, styles: list[str]) -> None:
-        """Write the page of those photos whose runs have ended or failed, with links to their own reports.
-
-        What goes wrong with it stops no photo; if it goes wrong with the last, `end` says so.
-        """
-        self._no_page = ""
-        try:
-            cards = [photo.card(report) for photo in self.photos if photo.ending or photo.failure]
-            write_index(real(self.results / report), title_of(folder, *styles), cards, len(self.photos))
-        except Exception as error:
-            self._no_page = in_words(error, self.debug)
-
-    def end(self, status: int = 0) -> int:
-        """Tell what is not done, and why. Returns the exit status, which is `status` unless that is 0."""
-        failed = [photo for photo in self.photos if photo.failure]
-        if failed or status:
-            done = sum(photo.is_done for photo in self.photos)
-            tell(f"{done} of {len(self.photos)} photos are done; the same command with --resume does what is not")
-        for photo in failed:
-            tell(f"failed: {printable(photo.path.name)}: {photo.failure}")
-        if self._no_page:
-            tell(f"no page of the photos: {self._no_page}")
-        return status or int(bool(failed or self._no_page))
-
-
-def run_folder(job: Job) -> int:
-    """A run of each photo of a folder, one after another. Returns the exit status.
-
-    What is wrong with all of them is raised before anything is created; what is wrong with one is said, and at the end
-    once more, and stops no other.
-    """
-    settings, free = job.settings, free_memory(job.settings.max_memory)
-    batch, others = check_folder(job, free)
-    for photo in batch.photos:
-        with batch.failures(photo):
-            photo.check()
-            picture_sizes(shape_of(str(photo.path), job.allow_large), settings)
-    if not batch.left():
-        return batch.end()
-    weights, source = load_weights(settings.weights, settings.seed, settings.model, job.quiet)
-    batch.show(f"painting {counted(len(batch.left()), 'photo')} on {describe_device()}; {source}")
-    with signals_as_requests() as received, batch.owned(job.report) as note:
-        if note and not job.quiet:
-            tell(note)
-        shared = Shared(others, free, weights, Cache(), received)
-        for photo in batch.left():
-            if not received:
-                with batch.failures(photo):
-                    name = batch.name_of(photo)
-                    began = time.perf_counter()
-                    ending = run(job.of_photo(photo.path, photo.results), shared, name)
-                    batch.ended(photo, ending, time.perf_counter() - began)
-                if job.report:
-                    batch.write_page(job.report, job.content, list(job.style))
-        return batch.end(128 + received[0] if received else 0)
-
-
-def check_folder(job: Job, free: tuple[float, float]) -> tuple[Batch, dict[str, Any]]:
-    """The photos, and the pictures that all share. Raises UserError for what is wrong whatever the photo."""
-    folder, results = Path(job.content), base_path(os.path.join(job.prefix, "")).parent
-    batch = Batch(photos_in(folder, results), results, console_for(job.quiet).print, job.debug)
-    common = job.of_photo(folder, results)
-    RunFiles.of(common).check(common.inputs(), (MIN_SIDE, MIN_SIDE))
-    if job.report:
-        batch.check_page(job.report)
-    others = read_others(job)
-    # What a square photo would be refused for is no photo's fault, but that it is too large.
-    square = Pictures(np.zeros((MIN_SIDE, MIN_SIDE, 3), np.uint8), **others)
-    with contextlib.suppress(TooLarge):
-        planned(square, job.settings, functools.partial(plan_memory, found=free))
-        check_agreement(square, job.settings)
-    if not job.quiet and (passed_over := folders_in(folder, results)):
-        tell(f"folders in '{folder}' are not looked into: {words(passed_over)}")
-    return batch, others

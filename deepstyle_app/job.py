@@ -49,8 +49,8 @@ class Job:
         paths = [self.content, *self.style, *masks, self.settings.weights, self.settings.init_image]
         return [path for path in paths if path]
 
-    def of_photo(self, photo: Path, results: Path) -> "Job":
-        """The job of one photo of the folder; what else is written of it (a log, a report) goes to its own results.
+    def of_one(self, photo: str, style: tuple[str, ...], results: Path) -> "Job":
+        """The job of one picture of many; what else is written of it (a log, a report) goes to its own results.
 
         Raises UserError if one of these has a folder in its name.
         """
@@ -58,8 +58,8 @@ class Job:
         for flag, path in self.extras().items():
             if path.name != getattr(self, flag) or path.name == "..":
                 raise UserError(
-                    f"--{flag} is '{getattr(self, flag)}'; with a folder of photos each gets its own beside its "
-                    "pictures, so give a name without a folder"
+                    f"--{flag} is '{getattr(self, flag)}'; of many pictures each gets its own beside its results, so "
+                    "give a name without a folder"
                 )
             files[flag] = str(results / path)
-        return dataclasses.replace(self, content=str(photo), prefix=os.path.join(results, ""), **files)
+        return dataclasses.replace(self, content=photo, style=style, prefix=os.path.join(results, ""), **files)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from deepstyle import Iteration, State
 from deepstyle_support.disk import write_whole
-from deepstyle_support.messages import UserError, words
+from deepstyle_support.messages import UserError, counted, words
 from deepstyle_support.settings import Settings
 
 from .recipe import Recipe, how_close
@@ -283,17 +283,28 @@ def plot(points: Points) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """A photo on the page of a folder."""
+    """A picture on the page of many."""
 
-    name: str
+    names: list[str]  # its photo's, its style's, or both
     said: str  # how its run ended
     picture: str = ""  # its last, a WebP file in base64; empty if there is none
     link: str = ""  # its own report, from where the page is; empty if there is none
 
 
-def write_index(path: Path, title: str, cards: list[Card], of: int) -> None:
-    """Write the page of a folder of so many photos. Raises UserError, status 1, if it cannot be written."""
-    write_page(path, "folder.html", title=title, cards=cards, of=of)
+def write_index(path: Path, title: str, cards: dict[tuple[str, ...], Card | None], thing: str) -> None:
+    """Write the page of many pictures, of which some are not made yet. `thing` is what one of them is called.
+
+    cards: by the names; where these are pairs, the page is a sheet, photos down and styles across. Raises UserError,
+    status 1, if it cannot be written.
+    """
+    made = [card for card in cards.values() if card]
+    is_sheet = all(len(names) == 2 for names in cards)
+    photos, styles = (list(dict.fromkeys(names[n] for names in cards)) if is_sheet else [] for n in (0, 1))
+    rows = [(photo, [cards[photo, style] for style in styles]) for photo in photos]
+    of = f"{len(made)} of {counted(len(cards), thing)}"
+    write_page(
+        path, "folder.html", title=title, cards=made, styles=styles, rows=rows, of=of, is_whole=len(made) == len(cards)
+    )
 
 
 def check_index(path: Path) -> None:

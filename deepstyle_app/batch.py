@@ -1,0 +1,152 @@
+"""The pictures of one command for many: which there are, and what became of each."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+from deepstyle_support.messages import UserError, counted, in_words, printable, tell
+from deepstyle_support.reading import read_picture
+
+from .job import Job
+from .locks import folder_for, lock_of
+from .ownership import real, remove_unfinished
+from .report import THUMBNAIL, Card, check_index, encoded, title_of, write_index
+from .run import Ending
+
+
+@dataclasses.dataclass(eq=False)
+class Task:
+    """One picture to be made, the folder for its results, and what became of it."""
+
+    job: Job  # for it alone
+    name: str  # what it is called: the photo's name, the style's, or both
+    names: list[str]  # of the photo and the style, of which there are many
+    results: Path
+    ending: Ending | None = None  # of its run, unless that failed
+    failure: str = ""  # why there is no result, in words
+    thumbnail: str = ""  # of its last picture, for the page
+
+    def card(self, report: str) -> Card:
+        """What the page of all pictures says of it; `report` is the name of its own."""
+        if self.is_done and self.ending and self.ending.picture and not self.thumbnail:
+            with contextlib.suppress(UserError):  # it may have been taken away
+                self.thumbnail = encoded(read_picture(str(self.ending.picture), allow_large=True)[0], THUMBNAIL)
+        loss = f"loss {self.ending.loss:.5g}" if self.ending and self.ending.loss is not None else "stopped"
+        # A picture that was made before may have no report.
+        link = quote(os.fsencode("/".join([*self.names, report]))) if (self.results / report).exists() else ""
+        return Card(self.names, self.failure or loss, self.thumbnail, link)
+
+    @property
+    def is_done(self) -> bool:
+        return self.ending is not None and self.ending.status == 0
+
+
+@dataclasses.dataclass
+class Batch:
+    """The pictures of one command: it knows what became of each, and shows it."""
+
+    tasks: list[Task]
+    results: Path
+    show: Callable[[str], None]  # a line of what there is to see
+    thing: str = "photo"  # what one of them is called
+    debug: bool = False
+    _no_page: str = ""  # why the latest page could not be written, in words
+    _failed: dict[str, str] = dataclasses.field(default_factory=dict)  # what is wrong, by what it is wrong with
+    _owners: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
+
+    def left(self) -> list[Task]:
+        """Those whose run has neither ended nor failed."""
+        return [task for task in self.tasks if not (task.ending or task.failure)]
+
+    def counted(self, number: int) -> str:
+        return counted(number, self.thing)
+
+    @contextlib.contextmanager
+    def owned(self, report: str | None) -> Iterator[str]:
+        """Make the folder of the results, and let no other batch write there; `report` is the name of the page in it.
+
+        Yields what there is to say, if anything. Raises UserError if another batch writes there, or another run the
+        page.
+        """
+        inside, page = self.results / "photos", self.results / (report or "")
+        with folder_for(inside), lock_of(inside) as note, lock_of(page) if report else contextlib.nullcontext():
+            if report:
+                self.check_page(report)
+            remove_unfinished(self.results, lambda path: path.name == report)
+            yield note
+
+    @contextlib.contextmanager
+    def failures(self, tasks: list[Task], name: str = "") -> Iterator[None]:
+        """What goes wrong within is shown, and kept as why these pictures are not made.
+
+        name: what it is wrong with, if not with the only one of them.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.failed(tasks, printable(in_words(error, self.debug)), name)
+
+    def failed(self, tasks: list[Task], why: str, name: str = "") -> None:
+        """Show, and keep, why these pictures are not made."""
+        name = printable(name or tasks[0].name)
+        for task in tasks:
+            task.failure = task.failure or why
+        self._failed[name] = why
+        tell(f"{name} fails: {why}")
+
+    def name_of(self, task: Task) -> str:
+        """What to call the picture while it is painted."""
+        return printable(f"{self.tasks.index(task) + 1}/{len(self.tasks)} {task.name}: ")
+
+    def ended(self, task: Task, ending: Ending, seconds: float) -> None:
+        """Keep how the picture's run ended, and show it. Raises UserError as `check_results`."""
+        task.ending = ending
+        self.check_results(task)
+        if task.is_done:
+            loss = "nothing better was found, " if ending.loss is None else f"loss {ending.loss:.5g}, "
+            how = f"{seconds:.1f} s" if ending.painted else "done before"
+            where = printable(str(ending.picture or task.results))
+            self.show(f"{self.name_of(task)}{loss}{how}, {where}")
+
+    def check_results(self, task: Task) -> None:
+        """Raise UserError if the results go where an earlier picture's are: some disks do not tell a.jpg from A.JPG."""
+        if task.results.exists():
+            found = os.stat(task.results)
+            owner = self._owners.setdefault((found.st_dev, found.st_ino), task.name)
+            if owner != task.name:
+                raise UserError(f"its results would go where those of '{owner}' are; rename one of the two")
+
+    def check_page(self, report: str) -> None:
+        """Raise UserError if the page of all pictures cannot be written by this name."""
+        if any(task.names[0] == report for task in self.tasks):
+            raise UserError(f"--report is '{report}', and so is a {self.thing}, whose results have their folder there")
+        check_index(self.results / report)
+
+    def write_page(self, job: Job) -> None:
+        """Write the page of those pictures whose runs have ended or failed, with links to their own reports.
+
+        What goes wrong with it stops no picture; if it goes wrong with the last, `end` says so.
+        """
+        self._no_page = ""
+        assert job.report
+        try:
+            waiting = self.left()
+            cards = {tuple(task.names): None if task in waiting else task.card(job.report) for task in self.tasks}
+            write_index(real(self.results / job.report), title_of(job.content, *job.style), cards, self.thing)
+        except Exception as error:
+            self._no_page = in_words(error, self.debug)
+
+    def end(self, status: int = 0) -> int:
+        """Show what is not done, and why. Returns the exit status, which is `status` unless that is 0."""
+        if self._failed or status:
+            done = sum(task.is_done for task in self.tasks)
+            of = f"{done} of {self.counted(len(self.tasks))}"
+            tell(f"{of} are done; the same command with --resume does what is not")
+        for name, why in self._failed.items():
+            tell(f"failed: {name}: {why}")
+        if self._no_page:
+            tell(f"no page of the {self.thing}s: {self._no_page}")
+        return status or int(bool(self._failed or self._no_page))
