@@ -39,6 +39,10 @@ class Task:
         link = quote(os.fsencode("/".join([*self.names, report]))) if (self.results / report).exists() else ""
         return Card(self.names, self.failure or loss, self.thumbnail, link)
 
+    def resume(self) -> None:
+        """From now on it is to go on from what is saved."""
+        self.job = dataclasses.replace(self.job, resume=True, overwrite=False)
+
     @property
     def is_done(self) -> bool:
         return self.ending is not None and self.ending.status == 0

@@ -49,35 +49,45 @@ def is_many(job: Job) -> bool:
 
 
 def run_many(job: Job) -> int:
-    """A run of each picture, one after another. Returns the exit status.
+    """A run of each picture, one after another or shared out among workers. Returns the exit status.
 
     What is wrong with all of them is raised before anything is created; what is wrong with one is said, and at the end
     once more, and stops no other.
     """
     settings, free = job.settings, free_memory(job.settings.max_memory)
     groups, batch = groups_of(job)
+    if job.workers != 1:
+        from .crew import crew_for
+
+        crew_for(job.workers)  # before anything is read, it says what is wrong with them
     check(job, groups, batch, free)
     if not batch.left():
         return batch.end()
     weights, source = load_weights(settings.weights, settings.seed, settings.model, job.quiet)
-    batch.show(f"painting {batch.counted(len(batch.left()))} on {describe_device()}; {source}")
     with signals_as_requests() as received, batch.owned(job.report) as note:
         if note and not job.quiet:
             tell(note)
-        cache = Cache()
-        for group in groups:
-            left = [task for task in group.tasks if task in batch.left()]
-            if left and not received:
-                with batch.failures(left):
-                    shared = Shared(group.read_others(), free, weights, cache, received)
-                    run_group(left, batch, shared, job)
+        if job.workers > 1:
+            from .photo_workers import run_by_workers  # only now: nobody else needs Ray
+
+            run_by_workers(job, groups, batch, (weights, source), received)
+        else:
+            batch.show(f"painting {batch.counted(len(batch.left()))} on {describe_device()}; {source}")
+            shared = Shared({}, free, weights, Cache(), received)
+            for group in groups:
+                run_group(group, batch, shared, job)
         return batch.end(128 + received[0] if received else 0)
 
 
-def run_group(tasks: list[Task], batch: Batch, shared: Shared, job: Job) -> None:
-    """A run of each picture in one style, until a stop is asked for."""
-    for task in tasks:
-        if not shared.received:
+def run_group(group: Group, batch: Batch, shared: Shared, job: Job) -> None:
+    """A run of each picture in one style, until a stop is asked for. shared: without the pictures that they share."""
+    left = [task for task in group.tasks if task in batch.left()]
+    if not left or shared.received:
+        return
+    with batch.failures(left):
+        shared = dataclasses.replace(shared, others=group.read_others())
+    for task in left:
+        if not (task.failure or shared.received):
             with batch.failures([task]):
                 batch.check_results(task)
                 began = time.perf_counter()

@@ -28,7 +28,7 @@ class Job:
     log: str | None = None
     tensorboard: str | None = None
     report: str | None = None
-    workers: int = 1  # processes that share the tiles; 1: this one alone
+    workers: int = 1  # processes that share the work; 1: this one alone
     resume: bool = False
     overwrite: bool = False
     allow_large: bool = False
@@ -62,4 +62,5 @@ class Job:
                     "give a name without a folder"
                 )
             files[flag] = str(results / path)
-        return dataclasses.replace(self, content=photo, style=style, prefix=os.path.join(results, ""), **files)
+        prefix = os.path.join(results, "")
+        return dataclasses.replace(self, content=photo, style=style, prefix=prefix, workers=1, **files)

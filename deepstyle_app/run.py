@@ -49,7 +49,7 @@ from .terminal import (
 )
 
 if TYPE_CHECKING:
-    from .workers import Workers
+    from .tile_workers import TileWorkers
 
 
 class Ending(NamedTuple):
@@ -124,13 +124,13 @@ def prepare(job: Job, shared: Shared | None) -> Prepared:
     return Prepared(job, pictures, stages, files, engine, what_shapes(pictures, settings, weights), source)
 
 
-def workers_of(job: Job) -> "Workers | None":
-    """The workers that a job asks for, if it does. Raises UserError if it cannot have them."""
+def workers_of(job: Job) -> "TileWorkers | None":
+    """The workers that are to share the picture's tiles, if there are to be any. Raises UserError if it cannot be."""
     if job.workers == 1:
         return None
-    from .workers import workers_for  # only now: nobody else needs Ray
+    from .tile_workers import TileWorkers  # only now: nobody else needs Ray
 
-    return workers_for(job)
+    return TileWorkers(job)
 
 
 def bytes_of_curvature(full: Stage, history: int) -> int:

@@ -101,6 +101,13 @@ def keras_settings() -> tuple[Path, dict[str, Any]]:
     return path, settings if isinstance(settings, dict) else {}
 
 
+def backend_name() -> str:
+    """The backend that Keras computes with, or would, if it were loaded."""
+    if "keras" in sys.modules:
+        return sys.modules["keras"].backend.backend()
+    return os.environ.get("KERAS_BACKEND") or keras_settings()[1].get("backend", BACKENDS[0])
+
+
 def use_one_gpu(backend: str) -> None:
     """Let the backend see the GPU that it computes on, the first: it would take some memory on each of the others.
 
