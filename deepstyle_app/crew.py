@@ -65,7 +65,8 @@ class Crew:
         try:
             with signals_kept_from_children():
                 context: Any = ray.init(**options)
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process without a word
+                # Ray's own handler aborts the process, with pages of addresses; a stop that has come waits until here.
+                signal.signal(signal.SIGTERM, on_sigterm)
             self.logs = None if on_cluster() else Path(context.address_info["session_dir"], "logs")
         except Exception as error:  # Ray raises anything here
             first = (str(error).strip() or type(error).__name__).splitlines()[0]

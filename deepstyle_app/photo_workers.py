@@ -78,8 +78,10 @@ def run_by_workers(
     weights, source = loaded
     crew = crew_for(min(job.workers, len(batch.left())))
     with contextlib.closing(Sharing(job, crew, groups, batch, weights)) as sharing:
-        batch.show(f"painting {batch.counted(len(batch.left()))} on {crew.begin()}; {source}")
-        sharing.run(received)
+        on = "" if received else crew.begin()  # which takes seconds
+        if not received:
+            batch.show(f"painting {batch.counted(len(batch.left()))} on {on}; {source}")
+            sharing.run(received)
 
 
 class Sharing:

@@ -213,7 +213,7 @@ def run(job: Job, shared: Shared | None = None, name: str = "") -> Ending:
         outputs = Outputs(files, prepared.stages, prepared.shaped_by, before, say)
         if before and (nothing := why_nothing_to_do(before, prepared.stages[-1])):
             return end_at_once(prepared, outputs, nothing if not shared else "")
-        device = engine.start()
+        device = "" if received else engine.start()  # which takes seconds
         if received:
             tell(f"{name}stopped before the painting began")
             return Ending(128 + received[0], painted=False)
