@@ -5,14 +5,11 @@ usage: python benchmarks/coarse_to_fine.py CONTENT STYLE PICTURE.png [--rows 800
 
 import argparse
 import contextlib
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import deepstyle
 from deepstyle_support.backend import import_keras
 

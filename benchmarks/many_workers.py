@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(FOLDER), str(FOLDER / "examples")]
+sys.path.insert(0, str(FOLDER / "examples"))
 import large_picture  # noqa: E402
 import numpy as np  # noqa: E402
 
-import deepstyle  # noqa: E402, it is not installed but lies above
+import deepstyle  # noqa: E402
 from deepstyle_support.images import resize  # noqa: E402
 from deepstyle_support.memory import largest_window, shared_tile  # noqa: E402
 from deepstyle_support.vgg import CHANNELS, halo  # noqa: E402

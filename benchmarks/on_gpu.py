@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 FOLDER = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(FOLDER), str(FOLDER / "tests")]
+sys.path.insert(0, str(FOLDER / "tests"))
 import oracle  # noqa: E402, it is not installed but lies in tests/
 
 import deepstyle  # noqa: E402

@@ -32,11 +32,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+import deepstyle
+from deepstyle_support.backend import import_keras
+from deepstyle_support.images import resize
+
 FOLDER = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(FOLDER))
-import deepstyle  # noqa: E402, it is not installed but lies above
-from deepstyle_support.backend import import_keras  # noqa: E402
-from deepstyle_support.images import resize  # noqa: E402
 
 CONTENT, STYLE, VARIATION = 0.025, 1.0 / 5, 1e-5  # the program's default weights
 LAYERS = (*deepstyle.STYLE_LAYERS, "conv5_2")

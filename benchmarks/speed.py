@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
+import deepstyle
+from deepstyle_support.backend import import_keras
+from deepstyle_support.images import resize
+from deepstyle_support.memory import needed_memory
+from deepstyle_support.vgg import CHANNELS, stride
+
 FOLDER = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(FOLDER))
-import deepstyle  # noqa: E402, it is not installed but lies above
-from deepstyle_support.backend import import_keras  # noqa: E402
-from deepstyle_support.images import resize  # noqa: E402
-from deepstyle_support.memory import needed_memory  # noqa: E402
-from deepstyle_support.vgg import CHANNELS, stride  # noqa: E402
 
 
 def gigaflop(size: tuple[int, int]) -> float:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ class Recipe:
 
         defaults: of the settings; encoding: that of what it is shown on.
         """
-        command = ["python", "deepstyle.py", *map(as_argument, [*self.pictures, self.prefix])]
+        command = [*program(), *map(as_argument, [*self.pictures, self.prefix])]
         for name, value in (self.settings | self.masks).items():
             default = defaults.get(name)
             if value is not None and (default is None or words(value) != words(default)):
@@ -88,6 +89,12 @@ class Recipe:
         command += ["--allow_large"] * self.allow_large
         backend = [] if self.backend == "tensorflow" else ["env", f"KERAS_BACKEND={self.backend}"]
         return " ".join(in_shell(word, encoding) for word in backend + command)
+
+
+def program() -> list[str]:
+    """What a command line begins with: the installed command if that is what runs, else the file in its folder."""
+    is_installed = os.path.basename(sys.argv[0]).removesuffix(".exe") == "deepstyle"
+    return ["deepstyle"] if is_installed else ["python", "deepstyle.py"]
 
 
 def read_text(path: str) -> dict[str, Any]:

@@ -16,5 +16,6 @@ def start() -> NoReturn:
         sys.stderr.write("deepstyle: interrupted before the painting began\n")
         sys.exit(130)
     except ModuleNotFoundError as missing:
-        sys.exit(f"deepstyle: error: Python has no package {missing.name}; 'sh run.sh' installs what is needed")
+        how = "'sh run.sh' or 'pip install .' installs what is needed"
+        sys.exit(f"deepstyle: error: Python has no package {missing.name}; {how}")
     leave(main())

@@ -79,7 +79,7 @@ def why_not_loaded(error: Exception, asked: str | None) -> UserError:
         return UserError(f"memory ran out while Keras was loaded with {backend}: {said}; see to {limits}", status=1)
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing and missing not in BACKENDS:
-        return UserError(f"Python has no package {missing}; 'sh run.sh' installs what is needed")
+        return UserError(f"Python has no package {missing}; 'sh run.sh' or 'pip install .' installs what is needed")
     told = f"KERAS_BACKEND={backend}" if asked else f"{backend}, its backend"
     other = "KERAS_BACKEND=tensorflow is what run.sh installs" if backend != BACKENDS[0] else "'sh run.sh' installs it"
     if missing:

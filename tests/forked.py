@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from conftest import for_scripts
+
 USUAL: dict[int, Any] = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
@@ -149,7 +151,7 @@ def forking_server():
     """The socket of the server for this process, which ends with it."""
     ours, theirs = socket.socketpair()
     # With an arena for each thread, what malloc holds back depends on which threads happened to need most at once.
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    environment = for_scripts(MALLOC_ARENA_MAX="1")
     command = [sys.executable, __file__, str(theirs.fileno())]
     subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
     theirs.close()
@@ -162,7 +164,6 @@ def forking_server():
 
 def serve(asking):
     """Fork a command for each message, and say how it ended, until nobody can ask any more."""
-    import conftest  # noqa: F401  the network of the tests
     import imageio.v3  # noqa: F401
     import jinja2  # noqa: F401
     import rich.progress  # noqa: F401
@@ -223,5 +224,4 @@ def become(asked, given):
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(SCRIPT.parent), str(Path(__file__).parent)]
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -4,18 +4,32 @@
 # 'sh tests/run.sh endurance' runs the long ones alone, which are left out otherwise.
 set -u
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
-python=$(sh "$here/../run.sh" --setup) || exit
-"$python" - "$here/requirements.txt" <<'END' >/dev/null 2>&1 ||
+root=$(dirname -- "$here")
+python=$(sh "$root/run.sh" --setup) || exit
+"$python" - "$here/requirements.txt" "$root"/extras/*.txt <<'END' >/dev/null 2>&1 ||
 import sys
 from importlib.metadata import version
 from packaging.requirements import Requirement
-for line in open(sys.argv[1]).read().splitlines():
+for line in "".join(open(file).read() for file in sys.argv[1:]).splitlines():
     requirement = Requirement(line)
     if not requirement.marker or requirement.marker.evaluate():
         assert requirement.specifier.contains(version(requirement.name))
 END
-    "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt" || exit
-cd "$here/.."
+    cat "$here/requirements.txt" "$root"/extras/*.txt |
+    "$python" -m pip install --quiet --disable-pip-version-check -r /dev/stdin || exit
+# In its own environment the checkout is installed, for benchmarks. One that is active may be shared with other checkouts,
+# whose benchmarks would then find this one: there nothing is installed. pytest finds the checkout in any case.
+case $python in
+    "$root"/.venv/*)
+        "$python" -I - "$root/deepstyle.py" <<'END' >/dev/null 2>&1 ||
+import sys
+from importlib.util import find_spec
+sys.exit(find_spec("deepstyle").origin != sys.argv[1])
+END
+            "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$root" || exit
+        ;;
+esac
+cd "$root"
 kind='not endurance'
 checks=
 case ${1:-} in

@@ -1,12 +1,11 @@
 """The benchmark for GPUs runs without one: a check of itself."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from conftest import IMAGES
+from conftest import IMAGES, for_scripts
 
 ON_GPU = IMAGES.parent / "benchmarks" / "on_gpu.py"
 
@@ -15,7 +14,7 @@ def check(tmp_path, *flags):
     """What the benchmark writes of TensorFlow and of a backend that is not there."""
     path = tmp_path / "found.json"
     command = [sys.executable, ON_GPU, "--rows", "32", "--backends", "tensorflow", "none", "--json", path, *flags]
-    ended = subprocess.run([*map(str, command)], env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}, capture_output=True)
+    ended = subprocess.run([*map(str, command)], env=for_scripts(TF_CPP_MIN_LOG_LEVEL="3"), capture_output=True)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(path.read_text())
     assert found["not_installed"] == ["none"]

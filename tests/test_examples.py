@@ -5,15 +5,13 @@ import shutil
 import subprocess
 import sys
 
+import many_pictures
 import numpy as np
 import pytest
 from conftest import IMAGES
 from PIL import Image
 
 import deepstyle
-
-sys.path.insert(0, str(IMAGES.parent / "examples"))
-import many_pictures
 
 
 @pytest.mark.xdist_group("ray")

@@ -56,14 +56,14 @@ def test_the_commands_beside_the_pictures_are_right():
 def test_requirements_name_every_package_that_the_program_imports():
     # The tests' own requirements bring more, so that a missing line would show on a newcomer's machine only.
     imported = set()
-    for path in (ROOT / "deepstyle.py", *(ROOT / "deepstyle_support").glob("*.py")):
+    for path in (ROOT / "deepstyle.py", *ROOT.glob("deepstyle_*/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             imported |= {name.split(".")[0] for name in names}
-    known = {"PIL": "pillow"}
-    optional = {"jax", "pillow_heif", "tensorboard", "torch"}
-    needed = {known.get(name, name) for name in imported - sys.stdlib_module_names - {"deepstyle_support"}} - optional
+    own, known = {"deepstyle", "deepstyle_app", "deepstyle_support"}, {"PIL": "pillow"}
+    optional = {"jax", "pillow_heif", "ray", "tensorboard", "torch"}
+    needed = {known.get(name, name) for name in imported - sys.stdlib_module_names - own} - optional
     named = {re.split("[^a-z0-9]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
     assert needed == named - {"keras"}  # which is imported by its name
 
@@ -85,7 +85,8 @@ def test_the_lowest_versions_that_requirements_allow_are_enough():
     requirements = (ROOT / "requirements.txt").read_text()
     lowest = re.sub(">=([^,]+),.*", r"==\1", requirements)
     assert lowest.count("==") == len(requirements.splitlines())
-    of_tests = (ROOT / "tests" / "requirements.txt").read_text().splitlines()
+    files = ROOT / "tests" / "requirements.txt", ROOT / "extras" / "heic.txt", ROOT / "extras" / "mp4.txt"
+    of_tests = [line for file in files for line in file.read_text().splitlines()]
     of_tests = [line for line in of_tests if re.match("pytest>|hypothesis|imageio-ffmpeg|pillow-heif", line)]
     with tempfile.TemporaryDirectory() as folder:  # 2 GB, which pytest would keep
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, lowest.split()[-1]]
