@@ -1,5 +1,25 @@
 """The command: its arguments, and `main`, which returns the exit status."""
 
+import argparse
+import dataclasses
+import functools
+import itertools
+import os
+import sys
+from typing import Any, NoReturn
+
+from deepstyle import __version__
+from deepstyle_support.messages import Stream, UserError, answer, in_words, tell, words
+from deepstyle_support.settings import Settings
+from deepstyle_support.values import ON_OFF, name_of, value_of
+
+from .folder import run_folder
+from .job import Job
+from .recipe import description
+from .run import run
+from .terminal import fill_closed_descriptors, without_warnings
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with errors raised for `main` to show in one line."""
 
@@ -34,22 +54,7 @@ def command_line() -> Parser:
     for title, members in itertools.groupby(dataclasses.fields(Settings), lambda field: field.metadata["group"]):
         group = parser.add_argument_group(title)
         for field in members:
-            default: Any = field.default
-            kind: Any = type(default)
-            options: dict[str, Any] = {}
-            if kind is bool:
-                colours = {"luma": "luma", "match": "match"} if field.name == "preserve_color" else {}
-                kind, options = ON_OFF | colours, {"nargs": "?", "const": True}
-            elif kind is tuple:
-                kind, options = type(default[0]), {"nargs": "+"}
-            group.add_argument(
-                f"--{field.name}",
-                default=default,
-                type=str if default is None else functools.partial(value_of, kind),
-                metavar=field.metadata["metavar"],
-                help=field.metadata["help"] + ("" if default is None else f" ({words(default)})"),
-                **options,
-            )
+            add_setting(group, field)
     group = parser.add_argument_group("masks: pictures, white where something holds")
     group.add_argument("--style_masks", metavar="M", nargs="+", default=[], help="where each style goes")
     group.add_argument("--content_mask", metavar="M", help="where the content counts")
@@ -62,36 +67,60 @@ def command_line() -> Parser:
     group.add_argument("--tensorboard", metavar="DIR", type=name_of, help="losses and pictures for TensorBoard")
     group.add_argument("--report", metavar="FILE", type=name_of, help="a page that shows the run, .html")
     group.add_argument("--describe", metavar="PICTURE", action=Describe, help="print how PICTURE was made, and end")
-    group = parser.add_argument_group("the run")
+    add_manners(parser.add_argument_group("the run"))
+    return parser
+
+
+def add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+    """Add the flag of a field of Settings."""
+    default: Any = field.default
+    kind: Any = type(default)
+    options: dict[str, Any] = {}
+    if kind is bool:
+        colours = {"luma": "luma", "match": "match"} if field.name == "preserve_color" else {}
+        kind, options = ON_OFF | colours, {"nargs": "?", "const": True}
+    elif kind is tuple:
+        kind, options = type(default[0]), {"nargs": "+"}
+    group.add_argument(
+        f"--{field.name}",
+        default=default,
+        type=str if default is None else functools.partial(value_of, kind),
+        metavar=field.metadata["metavar"],
+        help=field.metadata["help"] + ("" if default is None else f" ({words(default)})"),
+        **options,
+    )
+
+
+def add_manners(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of how the run goes about it."""
     earlier = group.add_mutually_exclusive_group()
     earlier.add_argument("--resume", action="store_true", help="go on where an earlier run of this PREFIX ended")
     earlier.add_argument("--overwrite", action="store_true", help="replace an earlier run; else it is moved aside")
+    whole = functools.partial(value_of, int)
+    group.add_argument("--workers", metavar="N", type=whole, default=1, help="processes that share the tiles (1)")
     group.add_argument("--allow_large", action="store_true", help="read pictures over Pillow's limit of pixels")
     group.add_argument("--quiet", action="store_true", help="say nothing but errors")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     group.add_argument("--version", action="version", version=f"deepstyle {__version__}")
-    return parser
+
+
+def job_of(argv: list[str] | None) -> Job:
+    """What the arguments ask for. Raises UserError for what is wrong with them."""
+    arguments: dict[str, Any] = vars(command_line().parse_args(argv))
+    settings = Settings(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(Settings)})
+    arguments.pop("describe")  # which has ended the program, if it was given
+    several = {name: tuple(one) for name, one in arguments.items() if isinstance(one, list)}
+    return Job(settings=settings, **arguments | several)
 
 
 @without_warnings()
-def main(
-    argv: list[str] | None = None,
-    parser: Parser | None = None,
-    run_one: Callable[[argparse.Namespace, Settings], Ending] | None = None,
-) -> int:
-    """The command. Returns its exit status; see the README for what each means.
-
-    Another program's parser may know more arguments than `command_line`, and its `run_one` what to do with them.
-    """
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit status; see the README for what each means."""
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     fill_closed_descriptors()
     try:
-        arguments = (parser or command_line()).parse_args(argv)
-        names = [field.name for field in dataclasses.fields(Settings)]
-        settings = Settings(**{name: getattr(arguments, name) for name in names})
-        if os.path.isdir(arguments.content) and not run_one:
-            return run_folder(arguments, settings)
-        return (run_one or run)(arguments, settings).status
+        job = job_of(argv)
+        return run_folder(job) if os.path.isdir(job.content) else run(job).status
     except SystemExit as ending:  # --help and --version
         return int(ending.code or 0)
     except KeyboardInterrupt:
@@ -100,7 +129,3 @@ def main(
     except Exception as error:
         tell(f"error: {in_words(error, debug)}")
         return error.status if isinstance(error, UserError) else 1
-
-
-if __name__ == "__main__":
-    leave(main())

@@ -1,20 +1,33 @@
-"""A folder of photos: which there are, where the results of each go, and what became of each."""
+"""A folder of photos: which there are, where the results of each go, their runs, and what became of each."""
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
+from deepstyle import check_agreement, picture_sizes, planned
+from deepstyle_support.cache import Cache
+from deepstyle_support.device import describe_device
+from deepstyle_support.memory import MIN_SIDE, TooLarge, free_memory, plan_memory
+from deepstyle_support.messages import UserError, counted, in_words, printable, tell, words
+from deepstyle_support.pictures import Pictures
+from deepstyle_support.reading import read_picture, shape_of
+from deepstyle_support.weights import load_weights
+
+from .inputs import read_others
+from .job import Job
 from .locks import folder_for, lock_of
-from deepstyle_support.messages import UserError, in_words, printable, tell
-from .ownership import real, remove_unfinished
-from deepstyle_support.reading import read_picture
-from deepstyle import Ending
+from .ownership import RunFiles, base_path, real, remove_unfinished
 from .report import THUMBNAIL, Card, check_index, encoded, title_of, write_index
+from .run import Ending, Shared, run
+from .terminal import console_for, signals_as_requests
 
 # Windows hides these in every folder that it has shown; where the folder is copied to, the name alone says so.
 LEFT_BY_WINDOWS = ("thumbs.db", "desktop.ini")
@@ -79,24 +92,6 @@ def entries(folder: Path) -> list[Path]:
     return [path for path in there if not (path.name.startswith(".") or path.name.lower() in LEFT_BY_WINDOWS)]
 
 
-def arguments_for(photo: Photo, arguments: Namespace) -> Namespace:
-    """The command's arguments for this photo alone; what else is written of it (a log, a report) goes to its folder.
-
-    Raises UserError if one of these has a folder in its name.
-    """
-    own = {"content": str(photo.path), "prefix": os.path.join(photo.results, "")}
-    for flag in ("animation", "log", "tensorboard", "report"):
-        name = getattr(arguments, flag)
-        if name and (Path(name).name != name or name == ".."):
-            raise UserError(
-                f"--{flag} is '{name}'; with a folder of photos each gets its own beside its pictures, so give a name "
-                "without a folder"
-            )
-        if name:
-            own[flag] = str(photo.results / name)
-    return Namespace(**vars(arguments) | own)
-
-
 @dataclasses.dataclass
 class Batch:
     """The photos of one command: it knows what became of each, and tells it."""
@@ -135,22 +130,24 @@ class Batch:
             photo.failure = printable(in_words(error, self.debug))
             tell(f"{printable(photo.path.name)} fails: {photo.failure}")
 
-    @contextlib.contextmanager
-    def line_for(self, photo: Photo) -> Iterator[str]:
-        """What to call the photo while it is painted; then a line says how that ended.
+    def name_of(self, photo: Photo) -> str:
+        """What to call the photo while it is painted.
 
         Raises UserError if its results would go where an earlier one's are: some disks do not tell a.jpg from A.JPG.
         """
-        name, began = f"{self.photos.index(photo) + 1}/{len(self.photos)} {photo.path.name}: ", time.perf_counter()
         if photo.results.exists():
             self._check_owner(photo)
-        yield printable(name)
+        return printable(f"{self.photos.index(photo) + 1}/{len(self.photos)} {photo.path.name}: ")
+
+    def ended(self, photo: Photo, ending: Ending, seconds: float) -> None:
+        """Keep how the photo's run ended, and show it. Raises UserError as `name_of`."""
+        photo.ending = ending
         self._check_owner(photo)
-        ending = photo.ending
-        if photo.is_done and ending:
+        if photo.is_done:
             loss = "nothing better was found, " if ending.loss is None else f"loss {ending.loss:.5g}, "
-            how = f"{time.perf_counter() - began:.1f} s" if ending.painted else "done before"
-            self.show(printable(f"{name}{loss}{how}, {ending.picture or photo.results}"))
+            how = f"{seconds:.1f} s" if ending.painted else "done before"
+            where = printable(str(ending.picture or photo.results))
+            self.show(f"{self.name_of(photo)}{loss}{how}, {where}")
 
     def _check_owner(self, photo: Photo) -> None:
         found = os.stat(photo.results)
@@ -187,3 +184,54 @@ class Batch:
         if self._no_page:
             tell(f"no page of the photos: {self._no_page}")
         return status or int(bool(failed or self._no_page))
+
+
+def run_folder(job: Job) -> int:
+    """A run of each photo of a folder, one after another. Returns the exit status.
+
+    What is wrong with all of them is raised before anything is created; what is wrong with one is said, and at the end
+    once more, and stops no other.
+    """
+    settings, free = job.settings, free_memory(job.settings.max_memory)
+    batch, others = check_folder(job, free)
+    for photo in batch.photos:
+        with batch.failures(photo):
+            photo.check()
+            picture_sizes(shape_of(str(photo.path), job.allow_large), settings)
+    if not batch.left():
+        return batch.end()
+    weights, source = load_weights(settings.weights, settings.seed, settings.model, job.quiet)
+    batch.show(f"painting {counted(len(batch.left()), 'photo')} on {describe_device()}; {source}")
+    with signals_as_requests() as received, batch.owned(job.report) as note:
+        if note and not job.quiet:
+            tell(note)
+        shared = Shared(others, free, weights, Cache(), received)
+        for photo in batch.left():
+            if not received:
+                with batch.failures(photo):
+                    name = batch.name_of(photo)
+                    began = time.perf_counter()
+                    ending = run(job.of_photo(photo.path, photo.results), shared, name)
+                    batch.ended(photo, ending, time.perf_counter() - began)
+                if job.report:
+                    batch.write_page(job.report, job.content, list(job.style))
+        return batch.end(128 + received[0] if received else 0)
+
+
+def check_folder(job: Job, free: tuple[float, float]) -> tuple[Batch, dict[str, Any]]:
+    """The photos, and the pictures that all share. Raises UserError for what is wrong whatever the photo."""
+    folder, results = Path(job.content), base_path(os.path.join(job.prefix, "")).parent
+    batch = Batch(photos_in(folder, results), results, console_for(job.quiet).print, job.debug)
+    common = job.of_photo(folder, results)
+    RunFiles.of(common).check(common.inputs(), (MIN_SIDE, MIN_SIDE))
+    if job.report:
+        batch.check_page(job.report)
+    others = read_others(job)
+    # What a square photo would be refused for is no photo's fault, but that it is too large.
+    square = Pictures(np.zeros((MIN_SIDE, MIN_SIDE, 3), np.uint8), **others)
+    with contextlib.suppress(TooLarge):
+        planned(square, job.settings, functools.partial(plan_memory, found=free))
+        check_agreement(square, job.settings)
+    if not job.quiet and (passed_over := folders_in(folder, results)):
+        tell(f"folders in '{folder}' are not looked into: {words(passed_over)}")
+    return batch, others

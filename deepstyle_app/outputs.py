@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+from deepstyle import Iteration, State
 from deepstyle_support.disk import write_whole
 from deepstyle_support.messages import UserError
 from deepstyle_support.profiles import srgb_profile
-from deepstyle import Iteration, State
 from deepstyle_support.transparency import laid_on
 
 
@@ -23,7 +23,7 @@ def log_rows(iteration: Iteration) -> list[str]:
     """A log's header, and its row of this iteration's losses."""
     rows, columns = iteration.state.size
     row: dict[str, float] = {"rows": rows, "columns": columns, "iteration": iteration.number}
-    row |= {"evaluations": iteration.evaluations, "seconds": iteration.seconds}
+    row |= {"evaluations": iteration.state.evaluations, "seconds": iteration.seconds}
     row |= {"loss": iteration.loss, **iteration.parts}
     return [",".join(row), ",".join(map(str, row.values()))]
 
@@ -125,16 +125,16 @@ def picture_value(tag: str, picture: np.ndarray) -> Any:
 
 
 # Pixels a side: of a GIF, of a WebP file, and what x264, which makes MP4s, takes.
-MOST_A_SIDE = {".gif": 65535, ".webp": 16383, ".mp4": 16384}
-MOST_OF_MP4 = 2**28 - 1  # pixels with 128 more a side, as FFmpeg counts them
+MAX_SIDE = {".gif": 65535, ".webp": 16383, ".mp4": 16384}
+MAX_PIXELS_OF_MP4 = 2**28 - 1  # pixels with 128 more a side, as FFmpeg counts them
 
 
 def check_animation(path: Path, size: tuple[int, int]) -> None:
     """Raise UserError if this kind of file cannot show pictures of (rows, columns)."""
-    most = MOST_A_SIDE[path.suffix]
-    too_many = path.suffix == ".mp4" and (size[0] + 128) * (size[1] + 128) >= MOST_OF_MP4
+    most = MAX_SIDE[path.suffix]
+    too_many = path.suffix == ".mp4" and (size[0] + 128) * (size[1] + 128) >= MAX_PIXELS_OF_MP4
     if max(size) > most or too_many:
-        others = [kind for kind, limit in MOST_A_SIDE.items() if kind != ".mp4" and max(size) <= limit]
+        others = [kind for kind, limit in MAX_SIDE.items() if kind != ".mp4" and max(size) <= limit]
         advice = f"give it a name in {' or '.join(others)}, or " if others else ""
         limit = "268 million pixels" if max(size) <= most else f"{most} pixels a side"
         raise UserError(

@@ -11,9 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .locks import folder_for, lock_file, lock_of
+from deepstyle import Stage, saved_size
+from deepstyle_support.memory import held_for_animation
 from deepstyle_support.messages import UserError, counted
-from .outputs import MOST_A_SIDE, check_animation
+
+from .job import Job
+from .locks import folder_for, lock_file, lock_of
+from .outputs import MAX_SIDE, check_animation
+from .report import held_for_report
 from .state import EVENTS, Record, read_record
 
 
@@ -62,7 +67,11 @@ class RunFiles:
     log: Path | None = None
     tensorboard: Path | None = None
     report: Path | None = None
-    keeps: int = 0  # bytes of what the optimiser has learnt that are written at the end
+
+    @classmethod
+    def of(cls, job: Job) -> "RunFiles":
+        """What a job is to write. Raises UserError if PREFIX cannot be the beginning of a file's name."""
+        return cls(base_path(job.prefix), job.every, **job.extras())
 
     @property
     def extras(self) -> dict[str, Path]:
@@ -90,7 +99,19 @@ class RunFiles:
 
     # Before the run
 
-    def check(self, inputs: list[str], size: tuple[int, int]) -> None:
+    def bytes_kept(self, stages: list[Stage]) -> int:
+        """What of a painting is kept in memory until it is written: an animation's frames, a report's pictures."""
+        pictures = 1 + sum(stage.iterations for stage in stages)
+        full = stages[-1]
+        kept = 0
+        if self.animation:
+            channels = full.pictures.content.shape[2]
+            kept += held_for_animation(saved_size(full.pictures, full.settings), channels, pictures)
+        if self.report:
+            kept += held_for_report(full.size, pictures)
+        return kept
+
+    def check(self, inputs: list[str], size: tuple[int, int], bytes_of_curvature: int = 0) -> None:
         """Raise UserError if this cannot be written, or if an input would be written over. Creates nothing.
 
         size: (rows, columns) of the saved pictures.
@@ -103,13 +124,13 @@ class RunFiles:
         self._check_places()
         self._check_inputs(inputs)
         # The state's float picture, and one saved picture that hardly compresses, maybe with alpha.
-        needed, folder = size[0] * size[1] * (3 * 4 + 4) + self.keeps, expect_folder(self.base.parent)
+        needed, folder = size[0] * size[1] * (3 * 4 + 4) + bytes_of_curvature, expect_folder(self.base.parent)
         if (free := shutil.disk_usage(folder).free) < needed:
             raise UserError(f"the disk of '{folder}' has {free} bytes free, and one iteration needs {needed}")
 
     def _check_extras(self, size: tuple[int, int]) -> None:
         """Raise UserError if what is written besides the pictures cannot be had by these names."""
-        kinds = {"--animation": tuple(MOST_A_SIDE), "--log": (".csv",), "--report": (".html",)}
+        kinds = {"--animation": tuple(MAX_SIDE), "--log": (".csv",), "--report": (".html",)}
         for flag, path in self.extras.items():
             if flag == "--tensorboard":
                 if path.exists() and not path.is_dir():

@@ -20,15 +20,17 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from deepstyle import Iteration, State
 from deepstyle_support.disk import write_whole
 from deepstyle_support.messages import UserError, words
-from .provenance import command_again, how_close
-from deepstyle import Iteration, State
+from deepstyle_support.settings import Settings
+
+from .recipe import Recipe, how_close
 
 LOSSES = ("total", "content", "style", "total variation")  # in the order of a State's losses
 SIDE = 1200  # pixels of a shown picture's longer side at most: the pictures in full are files of their own
 THUMBNAIL = 480  # the same of styles and masks
-MOST_PICTURES, MOST_POINTS = 40, 2000  # of more, every second is left out, then three of four, and so on
+MAX_PICTURES, MAX_POINTS = 40, 2000  # of more, every second is left out, then three of four, and so on
 INDEX = '<meta name="generator" content="deepstyle: a folder">'
 Size = tuple[int, int]  # (rows, columns)
 Points = dict[tuple[Size, int], list[float]]  # the loss and its three parts at each evaluation of a size
@@ -62,47 +64,56 @@ class Report:
         """Keep the loss and its three parts for the plot."""
         self.points[size, evaluations] = losses
 
-    def add(self, iteration: Iteration) -> None:
-        """Show an iteration. Only its own picture is encoded. Raises UserError, status 1, if it cannot be written."""
-        losses = [iteration.loss, iteration.content_loss, iteration.style_loss, iteration.total_variation_loss]
-        self.points[iteration.state.size, iteration.evaluations] = losses
-        about = iteration.number, iteration.evaluations, losses, iteration.improvement, iteration.seconds
-        picture = iteration.own_size if iteration.coarse else iteration.picture
+    def add(self, iteration: Iteration, exact: bool) -> None:
+        """Show an iteration, `exact` as in `write`; only its own picture is encoded.
+
+        Raises UserError, status 1, if the page cannot be written.
+        """
+        state, losses = iteration.state, list(iteration.losses)
+        self.points[state.size, state.evaluations] = losses
         whole = [one for one in self.shown if not one.partial]  # the iteration that was stopped is this one
-        shown = Shown(iteration.state.size, *about, iteration.state.partial, encoded(picture, SIDE))
-        self.shown = thinned([*whole, shown], MOST_PICTURES, [one.number for one in [*whole, shown]])
-        kept = thinned(list(self.points), MOST_POINTS, [count for _, count in self.points])
+        shown = Shown(
+            size=state.size,
+            number=iteration.number,
+            evaluations=state.evaluations,
+            losses=losses,
+            improvement=iteration.improvement,
+            seconds=iteration.seconds,
+            partial=state.partial,
+            picture=encoded(iteration.own_size, SIDE),
+        )
+        self.shown = thinned([*whole, shown], MAX_PICTURES, [one.number for one in [*whole, shown]])
+        kept = thinned(list(self.points), MAX_POINTS, [count for _, count in self.points])
         self.points = {key: self.points[key] for key in kept}
-        self.write(iteration.exact)
+        self.write(exact)
 
     def write(self, exact: bool) -> None:
         """Write what there is to show. exact: whether the command makes the same pictures."""
         how = {
-            "again": how_close(exact, self.facts["made"]["device"]),
+            "again": how_close(exact, self.facts["recipe"].device),
             "plot": plot(self.points),
             "saved": saved(self.shown, self.points),
         }
         write_page(self.path, "report.html", **self.facts, **how, shown=self.shown, totals=self.totals)
 
 
-def facts_of(
-    made: dict[str, Any], defaults: dict[str, Any], inputs: dict[str, np.ndarray], side: int, run: str = ""
-) -> dict[str, Any]:
+def facts_of(recipe: Recipe, inputs: dict[str, np.ndarray], side: int, run: str = "") -> dict[str, Any]:
     """What a report says of the whole run, as plain data.
 
-    made: as in a picture's text, defaults: of the settings, inputs: the pictures by their names in words, side: the
-    longer one of the generated picture, which the content is shown in, run: by what the report is known as its own.
+    inputs: the pictures by their names in words, side: the longer one of the generated picture, which the content is
+    shown in, run: by what the report is known as its own.
     """
     painted = [name for name in inputs if "mask" not in name and name != "start"]
-    files = dict(zip(painted, made["pictures"], strict=True))
+    files = dict(zip(painted, recipe.pictures, strict=True))
     sides = {name: min(SIDE, side) if name == "content" else THUMBNAIL for name in inputs}
+    defaults = dataclasses.asdict(Settings())
     return {
-        "made": made,
+        "recipe": recipe,
         "run": run,
-        "title": title_of(*made["pictures"]),
+        "title": title_of(*recipe.pictures),
         "inputs": {name: (files.get(name, ""), encoded(picture, sides[name])) for name, picture in inputs.items()},
-        "settings": {name: (words(value), words(defaults[name])) for name, value in made["settings"].items()},
-        "command": command_again(made, defaults),
+        "settings": {name: (words(value), words(defaults[name])) for name, value in recipe.settings.items()},
+        "command": recipe.command(defaults),
     }
 
 
@@ -153,7 +164,7 @@ def taken_over(
     numbers = {(state.size, number) for number in range(1, len(state.losses))}
     every = {key: told_of(*key, state, rows) for key in sorted(numbers | {*rows})}
     ends = {(size, evaluations): losses for (size, _), (evaluations, losses, _, _) in every.items()}
-    return found, points_before(points, ends | {(state.size, 1): state.losses[0].tolist()}, state)
+    return found, points_before(points, ends | {(state.size, 1): list(state.losses[0])}, state)
 
 
 def told_of(
@@ -163,7 +174,7 @@ def told_of(
 
     def losses_of(number: int) -> list[float]:
         if size == state.size and number < len(state.losses):
-            return state.losses[number].tolist()
+            return list(state.losses[number])
         parts = list(rows.get((size, number), {}).items())[6:]
         kinds = [sum(float(loss) for name, loss in parts if name.startswith(kind)) for kind in LOSSES[1:]]
         return [float(rows[size, number]["loss"]), *kinds] if parts else []
@@ -220,7 +231,7 @@ def held_for_report(size: Size, pictures: int) -> int:
     """Bytes that a report of so many pictures of (rows, columns) holds; 0 pictures: there is none."""
     shrunk = min(1.0, SIDE / max(size)) ** 2
     # A pixel of a painting takes up to 2 bytes in base64; the page holds them once, and once more when it is written.
-    return int(2 * 2 * min(pictures, MOST_PICTURES + 2) * shrunk * math.prod(size))
+    return int(2 * 2 * min(pictures, MAX_PICTURES + 2) * shrunk * math.prod(size))
 
 
 def thinned(items: list, most: int, numbers: list[int]) -> list:

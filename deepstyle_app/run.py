@@ -1,234 +1,141 @@
-"""A run: one photo, or a folder of them, from what is read to what is saved."""
+"""A run of one photo, from what is read to what is saved."""
 
-class Shared(NamedTuple):
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from deepstyle import (
+    Evaluation,
+    Iteration,
+    Stage,
+    Watch,
+    __version__,
+    check_agreement,
+    improvement_of,
+    is_enough,
+    paint,
+    planned,
+    saved_size,
+    stages_of,
+)
+from deepstyle_support.backend import import_keras
+from deepstyle_support.cache import Cache
+from deepstyle_support.engine import Engine
+from deepstyle_support.lbfgs import kept_bytes
+from deepstyle_support.memory import plan_memory
+from deepstyle_support.messages import printable, tell
+from deepstyle_support.pictures import Pictures
+from deepstyle_support.rounding import computed_with
+from deepstyle_support.settings import EVALUATIONS_PER_ITERATION, Settings
+from deepstyle_support.weights import Weights, load_weights, trunk_digest
+
+from .files import Outputs
+from .inputs import read_inputs
+from .job import Job
+from .ownership import RunFiles
+from .recipe import Recipe
+from .saving import save_all
+from .state import Saved, read_state
+from .terminal import (
+    console_for,
+    describe_iteration,
+    describe_stop,
+    progress_bar,
+    signals_as_requests,
+    where_it_goes_on,
+)
+
+if TYPE_CHECKING:
+    from .workers import Workers
+
+
+class Ending(NamedTuple):
+    """How the run of one photo ended."""
+
+    status: int  # the command's
+    painted: bool  # or all was done before
+    loss: float | None = None  # the latest
+    picture: Path | None = None  # the last that is saved
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
     """What the runs of a folder's photos have in common."""
 
-    beside: dict[str, Any]  # all pictures but the content, from read_beside
+    others: dict[str, Any]  # all pictures but the content, from read_others
     free: tuple[float, float]  # from free_memory: TensorFlow takes a GPU's with the first photo, and keeps it
     weights: Weights
-    reuse: Reuse
+    cache: Cache
     received: list[int]  # signals
 
 
-class Computing(NamedTuple):
-    """How a run computes: in this process, or as another program has it that is this one in all else."""
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A job that is read, planned and checked, and has touched nothing yet."""
 
-    plan: Callable[[tuple[int, int], Settings, Held, tuple[float, float] | None], Plan] = plan_memory
-    device: Callable[[], str] = describe_device  # in words; it must be there before anything is moved
-    make: Callable[..., Objective] = Objective
-    program: tuple[str, ...] = ("deepstyle.py",)  # and flags of its own, for the command that makes the picture again
-    end: Callable[[], None] = lambda: None  # lets go of what `device` has begun
-    repeatable: Callable[[], bool] = on_cpu  # whether sums are rounded alike from run to run, on the same machine
+    job: Job
+    pictures: Pictures
+    stages: list[Stage]
+    files: RunFiles
+    engine: Engine
+    shaped_by: dict[str, str]  # all that decides the pictures, in words
+    source: str  # of the weights, in words
 
+    @property
+    def bytes_of_curvature(self) -> int:
+        """What of the optimiser's curvature is written at the end of the run; SciPy's is not known."""
+        return bytes_of_curvature(self.stages[-1], self.engine.plan.history)
 
-HERE = Computing()
+    def way(self) -> str:
+        """What must be the same for a run that goes on to make the same pictures, bit for bit, beside what shapes them.
 
-
-def run(
-    arguments: argparse.Namespace,
-    settings: Settings,
-    shared: Shared | None = None,
-    name: str = "",
-    computing: Computing = HERE,
-) -> Ending:
-    """One photo: check everything, paint, show and save each iteration.
-
-    Of a folder's, by its name, there are only the bar and what is moved aside to see.
-    """
-    pictures = read_inputs(arguments, settings, shared.beside if shared else None)
-    *coarser, size = picture_sizes(pictures.content.shape, settings)
-    outputs = outputs_of(arguments)
-    totals = iterations_at_sizes([*coarser, size], settings)
-    plan = planned(pictures, settings, computing.plan, shared.free if shared else None, outputs)
-    outputs.keeps = kept_bytes(size, plan.history) if settings.optimizer == "device" else 0
-    check_agreement(pictures, settings)  # after the plan, as in `stylize`
-    outputs.check(input_paths(arguments, settings), saved_size(pictures, settings))
-    outputs.check_extras_are_ours()
-    named = settings.weights, settings.seed, settings.model, arguments.quiet
-    weights, source = (shared.weights, "") if shared else load_weights(*named)
-    console = console_for(arguments.quiet)
-    show: Callable[[str], None] = (lambda line: None) if shared else console.print
-    shapes, defaults = what_shapes(pictures, settings, weights), Settings().decisive()
-
-    def begin(state: State | None, device: str) -> None:
-        device = "CPU" if computing.repeatable() else device
-        outputs.made = how_it_is_made(arguments, settings, plan, computing.program, device)
-        outputs.begin(
-            lambda: shown_picture(start_picture(pictures, size, settings), size, pictures, settings),
-            totals,
-            state,
-            pictures.named(),
-            dataclasses.asdict(Settings()),
-        )
-
-    with (
-        signals_as_wishes(shared.received if shared else None) as received,
-        outputs.owned() as note,
-        contextlib.ExitStack() as at_the_end,
-    ):
-        at_the_end.callback(computing.end)
-        if note and not shared:
-            outputs.note(note)
-        state = read_state(outputs.state_path, shapes, defaults) if arguments.resume else None
-        full = state if state and state.size == size else None
-        done = full.iteration if full else 0
-        if state:
-            outputs.expect(state, not full, lambda: shown_picture(state.x, size, pictures, settings))
-        if full and (nothing := why_nothing_to_do(full, settings)):
-            if outputs.is_behind(full):
-                begin(full, "another device")
-            for path in outputs.finish():
-                show(f"saved {path}")
-            if not (arguments.quiet or shared):
-                tell(f"nothing to do: {nothing}")
-            return Ending(0, False, float(full.losses[-1][0]), outputs.latest_picture(done))
-        device = computing.device()
-        if received:
-            tell(f"{name}stopped before the painting began")
-            return Ending(128 + received[0], False)
-        if not state and (moved := outputs.clear_the_way(arguments.overwrite)):
-            console.print(printable(moved) if shared else moved)
-        if arguments.resume:
-            show(where_it_goes_on(state, size))
-        show(f"painting {size[0]} x {size[1]} pixels on {device}; {source}")
-        show(plan.in_words(settings.history))
-        if settings.optimizer == "device" and not outputs.keeps:
-            show("what L-BFGS learns would be gigabytes and is not kept: after --resume it is learnt again")
-        if coarser and not full:
-            show("first " + ", then ".join(f"{rows} x {columns}" for rows, columns in coarser) + " pixels")
-
-        def on_smaller_tiles(tile: int) -> None:
-            console.print(f"{name}out of memory: trying again in tiles of at most {tile} pixels")
-
-        begin(state, device)
-        with progress_bar(console, totals, EVALUATIONS_PER_ITERATION, name) as advance:
-
-            def on_evaluation(size: tuple[int, int], count: int, evaluation: Evaluation) -> None:
-                advance(size, count, evaluation.loss)
-                outputs.add_evaluation(size, count, loss_row(evaluation))
-
-            reuse = shared.reuse if shared else None
-            watch = on_evaluation, lambda: bool(received), on_smaller_tiles
-            iterations = paint(pictures, settings, weights, plan, state, *watch, reuse, computing.make)
-            last = save_all(iterations, outputs, totals, show, lambda: bool(received))
-        if received:
-            tell(name + describe_stop(last, state, size))
-            return Ending(128 + received[0], True)
-    if early := why_early(last, done, settings):
-        show(early)
-    if last:
-        return Ending(0, True, last.loss, outputs.latest_picture(0 if last.coarse else last.number))
-    return Ending(0, True, float(full.losses[-1][0]) if full else None, outputs.latest_picture(done))
-
-
-def why_nothing_to_do(state: State, settings: Settings) -> str:
-    """Why a run that goes on from this state, of full size, has nothing left to do, in words; empty if it has."""
-    if state.iteration >= settings.num_iter:
-        return f"{state.iteration} iterations are done; a larger --num_iter goes on from there"
-    ended = state.iteration and not state.partial
-    if ended and is_enough(state.iteration, improvement_of(*state.losses[-2:, 0]), settings):
-        least = f"the last iteration improved by less than {settings.min_improvement} %"
-        return f"{least}; a smaller --min_improvement goes on from there"
-    return ""
-
-
-def why_early(last: Iteration | None, done: int, settings: Settings) -> str:
-    """Why a run that nobody stopped has ended before its time, in words; empty if it has not.
-
-    last: its last iteration, if it had any; done: iterations in full size before.
-    """
-    number = last.number if last and not last.coarse else done
-    if last and not last.state.partial:
-        if number >= settings.num_iter:
+        Empty if that cannot be known.
+        """
+        if not self.engine.rounds_as_this_process:
             return ""
-        if is_enough(number, last.improvement, settings):
-            return f"stopped: the last iteration improved by less than {settings.min_improvement} %"
-    return "stopped: the optimiser finds no better picture than the last"
+        plan, computed = self.engine.plan, computed_with(import_keras().backend.backend(), __version__).values()
+        optimizer = self.job.settings.optimizer
+        return f"{optimizer} with {plan.history} corrections, tile {plan.tile}, {', '.join(computed)}"
 
 
-def run_folder(arguments: argparse.Namespace, settings: Settings) -> int:
-    """A run of each photo of a folder, one after another. Returns the exit status.
-
-    What is wrong with all of them is raised before anything is created; what is wrong with one is told, and at the end
-    once more, and stops no other.
-    """
-    free = free_memory(settings.max_memory)
-    batch, beside = check_folder(arguments, settings, free)
-    for photo in batch.photos:
-        with batch.failures(photo):
-            photo.check()
-            picture_sizes(shape_of(str(photo.path), arguments.allow_large), settings)
-    if not batch.left():
-        return batch.end()
-    weights, source = load_weights(settings.weights, settings.seed, settings.model, arguments.quiet)
-    batch.show(f"painting {counted(len(batch.left()), 'photo')} on {describe_device()}; {source}")
-    with signals_as_wishes() as received, batch.owned(arguments.report) as note:
-        if note and not arguments.quiet:
-            tell(note)
-        shared = Shared(beside, free, weights, Reuse(), received)
-        for photo in batch.left():
-            if not received:
-                with batch.failures(photo), batch.line_for(photo) as name:
-                    photo.ending = run(arguments_for(photo, arguments), settings, shared, name)
-                if arguments.report:
-                    batch.write_page(arguments.report, arguments.content, arguments.style)
-        return batch.end(128 + received[0] if received else 0)
+def prepare(job: Job, shared: Shared | None) -> Prepared:
+    """Read, plan and check all that a job needs. Raises UserError, and nothing is touched yet."""
+    settings = job.settings
+    pictures = read_inputs(job, shared.others if shared else None)
+    stages, files = stages_of(pictures, settings), RunFiles.of(job)
+    workers = workers_of(job)
+    make_plan = workers.plan if workers else functools.partial(plan_memory, found=shared.free if shared else None)
+    plan = planned(pictures, settings, make_plan, files.bytes_kept)
+    check_agreement(pictures, settings)  # after the plan, as in `stylize`
+    files.check(job.inputs(), saved_size(pictures, settings), bytes_of_curvature(stages[-1], plan.history))
+    files.check_extras_are_ours()
+    if shared:
+        weights, source = shared.weights, ""
+    else:
+        weights, source = load_weights(settings.weights, settings.seed, settings.model, job.quiet)
+    engine: Engine = (
+        workers.engine(plan, weights, settings)
+        if workers
+        else Engine(plan, weights, settings.padding, shared.cache if shared else None)
+    )
+    return Prepared(job, pictures, stages, files, engine, what_shapes(pictures, settings, weights), source)
 
 
-def check_folder(
-    arguments: argparse.Namespace, settings: Settings, free: tuple[float, float]
-) -> tuple[Batch, dict[str, Any]]:
-    """The photos, and the pictures that all share. Raises UserError for what is wrong whatever the photo."""
-    folder, results = Path(arguments.content), base_path(os.path.join(arguments.prefix, "")).parent
-    batch = Batch(photos_in(folder, results), results, console_for(arguments.quiet).print, arguments.debug)
-    common = arguments_for(Photo(folder, results), arguments)
-    outputs_of(common).check(input_paths(common, settings), (SMALLEST, SMALLEST))
-    if arguments.report:
-        batch.check_page(arguments.report)
-    beside = read_beside(arguments, settings)
-    # What a square photo would be refused for is no photo's fault, but that it is too large.
-    square = Pictures(np.zeros((SMALLEST, SMALLEST, 3), np.uint8), **beside)
-    with contextlib.suppress(TooLarge):
-        planned(square, settings, free=free)
-        check_agreement(square, settings)
-    if not arguments.quiet and (passed_over := folders_in(folder, results)):
-        tell(f"folders in '{folder}' are not looked into: {words(passed_over)}")
-    return batch, beside
+def workers_of(job: Job) -> "Workers | None":
+    """The workers that a job asks for, if it does. Raises UserError if it cannot have them."""
+    if job.workers == 1:
+        return None
+    from .workers import workers_for  # only now: nobody else needs Ray
+
+    return workers_for(job)
 
 
-MASKS = ("style_masks", "content_mask", "color_mask")
-
-
-def how_it_is_made(
-    arguments: argparse.Namespace,
-    settings: Settings,
-    plan: Plan,
-    program: tuple[str, ...] = HERE.program,
-    device: str = "CPU",
-) -> dict[str, Any]:
-    """All that a picture's text says of its command: with the plan as it was, however much memory there is later.
-
-    It does not end early: a run that was gone on with may have made pictures that come after such an end.
-    """
-    planned = {"tile": str(plan.tile or "off"), "history": plan.history, "max_memory": 0.0, "min_improvement": 0.0}
-    return {
-        "version": __version__,
-        "program": program,
-        "settings": dataclasses.asdict(settings) | planned,
-        "pictures": [arguments.content, *arguments.style],
-        "prefix": arguments.prefix,
-        "masks": {name: getattr(arguments, name) for name in MASKS if getattr(arguments, name)},
-        "allow_large": arguments.allow_large,
-        "backend": (backend := import_keras().backend.backend()),
-        "device": device,
-        "computed with": computed_with(backend, __version__),
-    }
-
-
-def way_of_computing(settings: Settings, plan: Plan) -> str:
-    """What must be the same for a run that goes on to make the same pictures, bit for bit, beside what shapes them."""
-    computed = computed_with(import_keras().backend.backend(), __version__).values()
-    return f"{settings.optimizer} with {plan.history} corrections, tile {plan.tile}, {', '.join(computed)}"
+def bytes_of_curvature(full: Stage, history: int) -> int:
+    """What of the optimiser's curvature is written when a run ends; of SciPy's none is known."""
+    return kept_bytes(full.size, history) if full.settings.optimizer == "device" else 0
 
 
 def what_shapes(pictures: Pictures, settings: Settings, weights: Weights) -> dict[str, str]:
@@ -237,3 +144,155 @@ def what_shapes(pictures: Pictures, settings: Settings, weights: Weights) -> dic
     if pictures.start is not None:
         del shapes["--init_image"]  # it is known by its digest, whatever path it has
     return shapes
+
+
+class Painting(Watch):
+    """The painting of a photo as the person sees it: a bar while it goes on, and each iteration saved and shown.
+
+    name: of the photo, of many; then there are only the bar and what is out of the ordinary to see. received: the
+    signals that ask it to stop, as they come.
+    """
+
+    def __init__(self, prepared: Prepared, outputs: Outputs, received: list[int], name: str, is_shown: bool):
+        self.prepared, self.outputs, self.received, self.name = prepared, outputs, received, name
+        self.console = console_for(prepared.job.quiet)
+        self.is_shown = is_shown
+        self.way, before = prepared.way(), outputs.before
+        self.is_exact = before is None or (before.way != "" and before.way == self.way)
+        self.totals = {stage.size: stage.iterations for stage in prepared.stages}
+        self.advance: Callable[[tuple[int, int], int, float], None] = lambda size, count, loss: None
+
+    def run(self) -> Iteration | None:
+        """Paint until the end, or until a stop is asked for; returns the last iteration, if there was any."""
+        prepared, before = self.prepared, self.outputs.before
+        with progress_bar(self.console, self.totals, EVALUATIONS_PER_ITERATION, self.name) as self.advance:
+            state = before.state if before else None
+            iterations = paint(prepared.pictures, prepared.job.settings, prepared.engine, state, self)
+            return save_all(iterations, self.save, self.outputs.finish, self.show, self.should_stop)
+
+    def evaluated(self, size: tuple[int, int], count: int, evaluation: Evaluation) -> None:
+        self.advance(size, count, evaluation.loss)
+        self.outputs.add_evaluation(size, count, evaluation.losses)
+
+    def should_stop(self) -> bool:
+        return bool(self.received)
+
+    def smaller_tiles(self, tile: int) -> None:
+        self.is_exact = False
+        self.console.print(f"{self.name}out of memory: trying again in tiles of at most {tile} pixels")
+
+    def save(self, iteration: Iteration) -> None:
+        """Save and show an iteration."""
+        total = self.totals[iteration.state.size]
+        exact = self.is_exact and not iteration.state.partial
+        path = self.outputs.save(iteration, iteration.number == total, exact, self.way if self.is_exact else "")
+        self.show(describe_iteration(iteration, total, path))
+
+    def show(self, line: str) -> None:
+        if self.is_shown:
+            self.console.print(line)
+
+
+def run(job: Job, shared: Shared | None = None, name: str = "") -> Ending:
+    """One photo: check everything, paint, show and save each iteration.
+
+    Of a folder's, by its name, there are only the bar and what is moved aside to see.
+    """
+    prepared = prepare(job, shared)
+    files, engine = prepared.files, prepared.engine
+    console, say = console_for(job.quiet), (lambda line: None) if job.quiet else tell
+    with (
+        signals_as_requests(shared.received if shared else None) as received,
+        files.owned() as note,
+        contextlib.closing(engine),
+    ):
+        if note and not shared:
+            say(note)
+        defaults = Settings().decisive()
+        before = read_state(files.state_path, prepared.shaped_by, defaults) if job.resume else None
+        outputs = Outputs(files, prepared.stages, prepared.shaped_by, before, say)
+        if before and (nothing := why_nothing_to_do(before, prepared.stages[-1])):
+            return end_at_once(prepared, outputs, nothing if not shared else "")
+        device = engine.start()
+        if received:
+            tell(f"{name}stopped before the painting began")
+            return Ending(128 + received[0], painted=False)
+        if not before and (moved := files.clear_the_way(job.overwrite)):
+            console.print(printable(moved) if shared else moved)
+        painting = Painting(prepared, outputs, received, name, is_shown=not shared)
+        show_beginning(prepared, before, device, painting.show)
+        recipe = Recipe.of(job, engine.plan, "CPU" if engine.is_repeatable() else device)
+        outputs.begin(recipe, keeps_curvature=prepared.bytes_of_curvature > 0)
+        last = painting.run()
+        state = before.state if before else None
+        if received:
+            tell(name + describe_stop(last, state, prepared.stages[-1].size))
+            return Ending(128 + received[0], painted=True)
+    full = state if state and state.size == prepared.stages[-1].size else None
+    done = full.iteration if full else 0
+    if early := why_early(last, done, job.settings):
+        painting.show(early)
+    if last:
+        return Ending(0, True, last.loss, files.latest_picture(0 if last.is_coarse else last.number))
+    return Ending(0, True, full.losses[-1].total if full else None, files.latest_picture(done))
+
+
+def show_beginning(prepared: Prepared, before: Saved | None, device: str, show: Callable[[str], None]) -> None:
+    """Show what is going to be painted, and how."""
+    settings, plan = prepared.job.settings, prepared.engine.plan
+    *coarser, full = prepared.stages
+    rows, columns = full.size
+    if prepared.job.resume:
+        show(where_it_goes_on(before.state if before else None, full.size))
+    show(f"painting {rows} x {columns} pixels on {device}; {prepared.source}")
+    show(plan.describe(settings.history))
+    if settings.optimizer == "device" and not prepared.bytes_of_curvature:
+        show("what L-BFGS learns would be gigabytes and is not kept: after --resume it is learnt again")
+    if coarser and not (before and before.state.size == full.size):
+        sizes = (f"{stage.size[0]} x {stage.size[1]}" for stage in coarser)
+        show("first " + ", then ".join(sizes) + " pixels")
+
+
+def end_at_once(prepared: Prepared, outputs: Outputs, why: str) -> Ending:
+    """End a run that has nothing left to paint; what is missing of it is written."""
+    assert outputs.before
+    job, state = prepared.job, outputs.before.state
+    if outputs.is_behind():
+        outputs.begin(Recipe.of(job, prepared.engine.plan, "another device"))
+    paths = outputs.finish()
+    if why and not job.quiet:
+        console = console_for(job.quiet)
+        for path in paths:
+            console.print(f"saved {path}")
+        tell(f"nothing to do: {why}")
+    return Ending(0, False, state.losses[-1].total, prepared.files.latest_picture(state.iteration))
+
+
+def why_nothing_to_do(before: Saved, full: Stage) -> str:
+    """Why a run that goes on from this state has nothing left to do, in words; empty if it has."""
+    state, settings = before.state, full.settings
+    if state.size != full.size:
+        return ""
+    if state.iteration >= settings.num_iter:
+        return f"{state.iteration} iterations are done; a larger --num_iter goes on from there"
+    ended = state.iteration and not state.partial
+    if ended:
+        earlier, latest = (losses.total for losses in state.losses[-2:])
+        if is_enough(state.iteration, improvement_of(earlier, latest), settings):
+            least = f"the last iteration improved by less than {settings.min_improvement} %"
+            return f"{least}; a smaller --min_improvement goes on from there"
+    return ""
+
+
+def why_early(last: Iteration | None, done: int, settings: Settings) -> str:
+    """Why a run that nobody stopped has ended before its time, in words; empty if it has not.
+
+    last: its last iteration, if it had any; done: iterations in full size before.
+    """
+    number = last.number if last and not last.is_coarse else done
+    if last and not last.state.partial:
+        if number >= settings.num_iter:
+            return ""
+        if is_enough(number, last.improvement, settings):
+            return f"stopped: the last iteration improved by less than {settings.min_improvement} %"
+    return "stopped: the optimiser finds no better picture than the last"

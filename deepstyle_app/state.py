@@ -5,18 +5,29 @@ import dataclasses
 import functools
 import json
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from deepstyle import Losses, State
 from deepstyle_support.disk import write_whole
 from deepstyle_support.lbfgs import Curvature, from_arrays, to_arrays
 from deepstyle_support.messages import UserError
+
 from .outputs import latest_rows
-from deepstyle import State
 
 EVENTS = "events.out.tfevents."  # what TensorBoard's files are called; behind it come time, machine and process
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A state as it is saved: with what decides its pictures, and how it was computed."""
+
+    state: State
+    shaped_by: dict[str, str]  # all that decides the pictures, in words
+    way: str = ""  # how all was computed until here; nothing if in several ways, or if a curvature was forgotten
 
 
 @dataclasses.dataclass
@@ -66,25 +77,26 @@ def read_record(path: Path, base: Path) -> Record:
         return Record(run="", is_damaged=path.exists())
 
 
-def write_state(path: Path, base: Path, state: State, record: Record, learnt: Curvature | None = None) -> None:
+def write_state(path: Path, base: Path, saved: Saved, record: Record, curvature: Curvature | None = None) -> None:
     """Write what is needed to go on from there. Raises UserError, status 1, if the disk does not take it.
 
     base: what the run's files begin with, with all links followed.
     """
-    contents: dict[str, Any] = {"x": np.asarray(state.x, np.float32), "losses": state.losses}
+    state = saved.state
+    contents: dict[str, Any] = {"x": np.asarray(state.x, np.float32), "losses": np.array(state.losses)}
     contents |= {"iteration": state.iteration, "evaluations": state.evaluations, "partial": state.partial}
     folder = base.parent
     extras = [
         str(extra.relative_to(folder) if extra.is_relative_to(folder) else extra) for extra in record.extras or []
     ]
-    contents |= {"shaped_by": json.dumps(state.shaped_by), "extras": json.dumps(extras), "base": str(base)}
+    contents |= {"shaped_by": json.dumps(saved.shaped_by), "extras": json.dumps(extras), "base": str(base)}
     contents |= {"run": record.run} if record.run else {}
     contents |= {"log": np.frombuffer("\n".join(record.rows).encode(), np.uint8)} if record.rows else {}
-    contents |= {"way": state.way, **to_arrays(learnt)} if learnt else {}
+    contents |= {"way": saved.way, **to_arrays(curvature)} if curvature else {}
     write_whole(path, lambda file: np.savez(file, **contents))
 
 
-def read_state(path: Path, shaped_by: dict[str, str], defaults: dict[str, str]) -> State | None:
+def read_state(path: Path, shaped_by: dict[str, str], defaults: dict[str, str]) -> Saved | None:
     """The state to go on from; None if there is none. Raises UserError if it is not of such a run.
 
     shaped_by: all that decides the pictures, defaults: what of it is so if nothing is said.
@@ -93,29 +105,35 @@ def read_state(path: Path, shaped_by: dict[str, str], defaults: dict[str, str]) 
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            losses, shapes = file["losses"], json.loads(str(file["shaped_by"]))
-            # 0.2.0 did not write the last two: its states are at the end of an iteration of 20 evaluations.
-            evaluations = int(file["evaluations"]) if "evaluations" in file else 20 * (len(losses) - 1)
-            partial = bool(file["partial"]) if "partial" in file else False
-            # What was learnt is written at the end of a run only, and is read when it is asked for.
-            is_there = "by_gradient" in file
-            way = str(file["way"]) if is_there else ""
-            learnt = functools.partial(read_learnt, path) if is_there else lambda: None
-            state = State(file["x"], losses, shapes, evaluations, partial, way, learnt)
+            saved = saved_in(file, path)
     except Exception as error:  # np.load and zipfile raise almost anything on a damaged file
         raise UserError(f"'{path}' is no state of a run, or damaged; without --resume the run starts anew") from error
     # A flag that the state does not know is newer than the state, which was made as its default makes it. A start
     # picture is known by its digest, and not by its path, which 0.2.0 wrote as well.
-    absent = defaults | {"--init_image": state.shaped_by.get("--init_image", defaults["--init_image"])}
-    for name in {**shaped_by, **state.shaped_by}:
-        before, now = (shapes.get(name, absent.get(name, "not given")) for shapes in (state.shaped_by, shaped_by))
+    absent = defaults | {"--init_image": saved.shaped_by.get("--init_image", defaults["--init_image"])}
+    for name in {**shaped_by, **saved.shaped_by}:
+        before, now = (shapes.get(name, absent.get(name, "not given")) for shapes in (saved.shaped_by, shaped_by))
         if before != now:
             raise UserError(f"cannot resume '{path}': {name} was {before} and now is {now}")
-    return state
+    return saved
 
 
-def read_learnt(path: Path) -> Curvature:
-    """What the optimiser had learnt when the run of this state ended. Raises UserError if it cannot be read."""
+def saved_in(file: Mapping[str, np.ndarray], path: Path) -> Saved:
+    """What a state's file holds; its curvature is read only when it is asked for."""
+    losses = tuple(Losses(*row) for row in file["losses"].tolist())
+    # 0.2.0 did not write these two: its states are at the end of an iteration of 20 evaluations.
+    evaluations = int(file["evaluations"]) if "evaluations" in file else 20 * (len(losses) - 1)
+    partial = bool(file["partial"]) if "partial" in file else False
+    # A curvature is written at the end of a run only, and with it how all was computed.
+    has_curvature = "by_gradient" in file
+    curvature = functools.partial(read_curvature, path) if has_curvature else lambda: None
+    way = str(file["way"]) if has_curvature else ""
+    state = State(file["x"], losses, evaluations, partial, curvature)
+    return Saved(state, json.loads(str(file["shaped_by"])), way)
+
+
+def read_curvature(path: Path) -> Curvature:
+    """The optimiser's curvature when the run of this state ended. Raises UserError if it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return from_arrays(file)

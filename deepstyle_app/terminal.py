@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
-from deepstyle_support.messages import Stream
 from deepstyle import Iteration, State
+from deepstyle_support.messages import Stream
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +102,7 @@ def fill_closed_descriptors() -> None:
 
 
 @contextlib.contextmanager
-def signals_as_wishes(received: list[int] | None = None) -> Iterator[list[int]]:
+def signals_as_requests(received: list[int] | None = None) -> Iterator[list[int]]:
     """The list of SIGINT, SIGTERM and SIGHUP received: the first asks to stop, a second Ctrl-C leaves at once.
 
     One stop may come as several signals: `timeout` sends one to the program and then to its group, a logout sends two
@@ -168,10 +168,10 @@ def describe_iteration(iteration: Iteration, of: int, path: Path | None) -> str:
     """The line that is shown for an iteration, or a part of it. `of`: how many there are to be at its size."""
     rows, columns = iteration.state.size
     return (
-        (f"{rows} x {columns}: " if iteration.coarse else "")
+        (f"{rows} x {columns}: " if iteration.is_coarse else "")
         + f"iteration {iteration.number}/{of}{' in part' * iteration.state.partial}: loss {iteration.loss:.5g} "
-        f"(content {iteration.content_loss:.4g}, style {iteration.style_loss:.4g}, "
-        f"total variation {iteration.total_variation_loss:.4g}), "
+        f"(content {iteration.losses.content:.4g}, style {iteration.losses.style:.4g}, "
+        f"total variation {iteration.losses.variation:.4g}), "
         f"improved by {iteration.improvement:.2f} %, {iteration.seconds:.1f} s" + (f", {path}" if path else "")
     )
 

@@ -190,6 +190,12 @@ def as_array(x: Any) -> np.ndarray:
     return x if isinstance(x, np.ndarray) else import_keras().ops.convert_to_numpy(x)
 
 
+def to_arrays(structure: Any) -> Any:
+    """A structure (a tuple, a dict, ...) with its tensors as arrays; all else as it is."""
+    keras = import_keras()
+    return keras.tree.map_structure(lambda one: as_array(one) if keras.ops.is_tensor(one) else one, structure)
+
+
 def all_finite(x: Any) -> bool:
     """Whether an array or a tensor, where it is, holds numbers only."""
     if isinstance(x, np.ndarray):

@@ -24,9 +24,11 @@ def on_device(weights: Weights, padding: str) -> dict[str, tuple[Kernel, Tensor]
 class Engine:
     """Where tiles are computed: here in this process, one after another, on the backend's device.
 
-    plan: of memory; weights: from `load_weights`; cache: may be that of other engines with the same weights and padding,
-    for other pictures. Another engine than this one computes them elsewhere: it has another `start`, `map` and `close`.
+    plan: of memory; weights: from `load_weights`; cache: may be that of other engines with the same weights and
+    padding, for other pictures. An engine that computes elsewhere has another `start`, `map` and `close`.
     """
+
+    rounds_as_this_process = True  # so what this process can know of itself says how sums are rounded
 
     def __init__(self, plan: Plan, weights: Weights, padding: str = "zeros", cache: Cache | None = None):
         self.plan, self.weights, self.padding = plan, weights, padding

@@ -51,15 +51,15 @@ class Plan(NamedTuple):
     free: float = 0
     on_gpu: tuple[float, float] | None = None  # bytes needed and free there
 
-    def in_words(self, wished_history: int) -> str:
-        """How and in how much memory the picture is computed."""
+    def describe(self, history: int) -> str:
+        """How and in how much memory the picture is computed; history: the corrections that were asked for."""
         way = f"in tiles of at most {self.tile} pixels" if self.tile else "as a whole"
         said = f"{way}, with about {self.needed / 1e9:.1f} GB of memory of {self.free / 1e9:.1f} GB free"
         if self.on_gpu:
             needed, free = self.on_gpu
             said += f", and {needed / 1e9:.1f} GB on the GPU of {free / 1e9:.1f} GB free"
-        if self.history < wished_history:
-            said += f"; for lack of it L-BFGS keeps {self.history} corrections instead of {wished_history}"
+        if self.history < history:
+            said += f"; for lack of it L-BFGS keeps {self.history} corrections instead of {history}"
         return said
 
 
@@ -290,7 +290,9 @@ def needed_memory(size: Size, tile: int | None, history: int, settings: Settings
     return Needed(computing, needed, LOADED + pixels * targets)
 
 
-def needed_by_all(workers: int, on_gpus: bool, size: Size, tile: int | None, history: int, settings: Settings) -> Needed:
+def needed_by_all(
+    workers: int, on_gpus: bool, size: Size, tile: int | None, history: int, settings: Settings
+) -> Needed:
     """`needed_memory` of one process, or of this one and `workers` that compute for it; on GPUs, of each GPU.
 
     Beside them Ray's store holds x, once more than this process, the content's features, and of each worker two

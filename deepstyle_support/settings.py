@@ -22,13 +22,7 @@ MAX_HISTORY = 1000  # corrections of L-BFGS, of which some dozens are of use
 
 
 def setting(
-    default: Any,
-    group: str,
-    placeholder: str,
-    help: str,
-    *,
-    choices: Collection[object] = (),
-    **others: Any,
+    default: Any, group: str, placeholder: str, help: str, *, choices: Collection[object] = (), **others: Any
 ) -> Any:
     """A field of Settings, with what the command line says of its flag. A tuple's flag takes several values.
 
@@ -50,9 +44,7 @@ class Settings:
 
     # What is resumable may be another when a run is gone on with: when to end, and how to compute. The weights, and
     # pictures on a background, are known by their digests.
-    image_size: int = setting(
-        400, "the picture", "ROWS", "rows of the generated picture", at_least=1, at_most=MAX_ROWS
-    )
+    image_size: int = setting(400, "the picture", "ROWS", "rows of the generated picture", at_least=1, at_most=MAX_ROWS)
     maintain_aspect_ratio: bool = setting(True, "the picture", "BOOL", "columns as in the content; False: as rows")
     init_image: str = setting("content", "the picture", "START", "content, recolored, noise, gray, or a picture's path")
     preserve_color: bool | str = setting(
@@ -74,7 +66,11 @@ class Settings:
     style_scale: float = setting(1.0, "the style", "FACTOR", "multiplies the weights of all styles")
     style_size: int = setting(0, "the style", "ROWS", "rows to show the style in; 0: as the content", at_most=MAX_ROWS)
     style_fit: str = setting(
-        "stretch", "the style", "FIT", "stretch to the content's shape, or keep the style's", choices=("stretch", "keep")
+        "stretch",
+        "the style",
+        "FIT",
+        "stretch to the content's shape, or keep the style's",
+        choices=("stretch", "keep"),
     )
     style_layers: tuple[str, ...] = setting(STYLE_LAYERS, "the style", "LAYER", "layers that hold it")
     style_layer_weights: tuple[float, ...] = setting((1.0,), "the style", "W", "their shares; one: all the same")
@@ -112,13 +108,7 @@ class Settings:
         resumable=True,
     )
     history: int = setting(
-        10,
-        "the optimisation",
-        "N",
-        "corrections that L-BFGS keeps",
-        at_least=1,
-        at_most=MAX_HISTORY,
-        resumable=True,
+        10, "the optimisation", "N", "corrections that L-BFGS keeps", at_least=1, at_most=MAX_HISTORY, resumable=True
     )
     tile: str = setting(
         "auto", "the optimisation", "auto|off|N", "compute in tiles of at most N x N pixels", resumable=True

@@ -1,17 +1,11 @@
-#!/usr/bin/env python3
-"""Paint one large picture with its tiles shared out among workers: on this machine, its GPUs, or a Ray cluster.
-
-    python examples/large_picture.py CONTENT STYLE [STYLE ...] PREFIX [deepstyle's flags] --workers 4
-
-Its arguments, files and messages are deepstyle.py's, and a run that one of the two began is resumed by the other. It
-needs the package ray. On a machine with GPUs each worker has one of its own, else they share the cores. On a cluster
-that is running set RAY_ADDRESS=auto; this folder must then be at the same place on each of its machines.
+"""Tiles shared out among workers: on this machine, its GPUs, or a Ray cluster.
 
 An evaluation is two maps over the tiles with a sum between them. Ray's store holds x once on each machine; Gram
-matrices and gradients come back. A worker that dies is replaced, and the tile that it had is computed again.
+matrices and gradients come back. A worker that dies is replaced, and the tile that it had is computed again. On a
+machine with GPUs each worker has one of its own, else they share the cores. On a cluster, which RAY_ADDRESS names, the
+program must be at the same place on each of its machines.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -25,19 +19,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
-FOLDER = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(FOLDER))
-import deepstyle  # noqa: E402, it is not installed but lies above
-from deepstyle_support.backend import as_array, import_keras  # noqa: E402
-from deepstyle_support.limits import usable_cores  # noqa: E402
-from deepstyle_support.memory import Held, Plan, plan_memory, shared_tile  # noqa: E402
-from deepstyle_support.messages import UserError  # noqa: E402
-from deepstyle_support.terminal import leave, signals_kept_from_children  # noqa: E402
-from deepstyle_support.weights import Weights  # noqa: E402
+from deepstyle_support.backend import as_array, import_keras, to_arrays
+from deepstyle_support.engine import Engine, on_device
+from deepstyle_support.limits import usable_cores
+from deepstyle_support.memory import Held, Plan, plan_memory, shared_tile
+from deepstyle_support.messages import UserError, counted
+from deepstyle_support.settings import Settings
+from deepstyle_support.tiles import Tile
+from deepstyle_support.weights import Weights
 
+from .job import Job
+from .terminal import signals_kept_from_children
+
+Size = tuple[int, int]  # (rows, columns)
+FOLDER = Path(__file__).resolve().parent.parent  # which the workers' processes import from
 DEATHS = 3  # of workers one after another, for each that there is to be, without a tile that is computed in between
 AHEAD = 2  # tiles a worker: how far those that are computed may be before the one that is to be added next
 PATIENCE = 300  # seconds to wait for a worker if there is no other; to load a backend takes 5 to 60
@@ -51,16 +48,11 @@ class Worker:
     """
 
     def __init__(self, weights: Weights, padding: str):
-        self.weights = deepstyle.on_device(weights, padding)
+        self.network = on_device(weights, padding)
 
-    def compute(self, method: str, of_tile: deepstyle.TileLosses, tile: deepstyle.Tile, *given: Any) -> Any:
-        """What this method of TileLosses gives for the tile."""
-        of_tile.weights = self.weights
-        found = getattr(of_tile, method)(tile, *given)
-        if method == "parts_and_gradient":
-            parts, gradient = found
-            return parts, as_array(gradient)
-        return found
+    def compute(self, method: Callable, tiled: Any, tile: Tile, *given: Any) -> Any:
+        """What this method of TiledLoss gives for the tile, in arrays."""
+        return to_arrays(method(tiled, self.network, tile, *given))
 
 
 class Workers:
@@ -77,6 +69,20 @@ class Workers:
         self.free: list[Any] = []
         # What each is doing: the number of its tile, and where the result goes. One that is starting has no tile.
         self.busy: dict[Any, tuple[Any, int | None, dict[int, Any]]] = {}
+
+    def plan(self, size: Size, settings: Settings, held: Held) -> Plan:
+        """The plan for so many workers, with tiles that keep all of them busy. Raises TooLarge as `plan_memory`.
+
+        What each machine of a cluster has is not known before Ray is: the plan is for one worker beside this process.
+        """
+        here = 1 if on_cluster() else self.number
+        plan = plan_memory(size, settings, held, None, here)
+        tile = shared_tile(size, plan.tile, self.number, settings.model, kept=settings.tile != "auto")
+        return plan_memory(size, dataclasses.replace(settings, tile=str(tile)), held, None, here)
+
+    def engine(self, plan: Plan, weights: Weights, settings: Settings) -> "WorkersEngine":
+        """The engine whose tiles they compute."""
+        return WorkersEngine(self, plan, weights, settings)
 
     def begin(self) -> str:
         """Start Ray, or join the cluster that RAY_ADDRESS names; says what each worker has of it."""
@@ -99,10 +105,9 @@ class Workers:
         self.threads = threads_each(self.number, machines)
         if self.on_gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # they are the workers': this process computes nothing
-        each = "a GPU" if self.on_gpus else f"{self.threads} CPU core{'s' * (self.threads > 1)}"
+        each = "a GPU" if self.on_gpus else counted(self.threads, "CPU core")
         where = f"{len(machines)} machines" if on_cluster() else "this machine"
-        workers = f"{self.number} worker{'s' * (self.number > 1)}"
-        return f"{workers} with {each} each of {where}, with {backend()}"
+        return f"{counted(self.number, 'worker')} with {each} each of {where}, with {backend()}"
 
     def employ(self, weights: Weights, padding: str) -> None:
         """Start all workers unless that was done; each is free when it is ready."""
@@ -128,14 +133,14 @@ class Workers:
 
             ray.shutdown()
 
-    def map(self, tiles: list[deepstyle.Tile], method: str, of_tile: Any, *given: Any) -> Iterator[Any]:
-        """What `compute` gives for each of the tiles, in their order. `of_tile` and `given` are Ray's references."""
+    def map(self, tiles: list[Tile], method: Callable, tiled: Any, *given: Any) -> Iterator[Any]:
+        """What `compute` gives for each of the tiles, in their order. `tiled` and `given` are Ray's references."""
         waiting, found = deque(range(len(tiles))), dict[int, Any]()
         for next_one in range(len(tiles)):
             while next_one not in found:
                 while self.free and waiting and waiting[0] < next_one + AHEAD * self.number:
                     worker, number = self.free.pop(), waiting.popleft()
-                    self.busy[worker.compute.remote(method, of_tile, tiles[number], *given)] = worker, number, found
+                    self.busy[worker.compute.remote(method, tiled, tiles[number], *given)] = worker, number, found
                 self.wait(waiting)
             if isinstance(found[next_one], Exception):
                 raise found[next_one]
@@ -184,6 +189,49 @@ class Workers:
         return f"{next(filter(str.strip, reversed(said)), 'without a word')}; Ray's logs are in {self.logs}"
 
 
+class WorkersEngine(Engine):
+    """The engine whose tiles are computed by workers. The weights are theirs: this process computes nothing itself."""
+
+    rounds_as_this_process = False  # they may have other threads, and be on other machines
+
+    def __init__(self, workers: Workers, plan: Plan, weights: Weights, settings: Settings):
+        super().__init__(plan, weights, settings.padding)
+        self.workers, self.model = workers, settings.model
+        self._sent: dict[str, tuple[Any, Any]] = {}
+
+    def start(self) -> str:
+        return self.workers.begin()
+
+    def tile_at(self, size: Size) -> int:
+        # A coarse size has smaller tiles, so that there is one for each worker as well.
+        return shared_tile(size, self.plan.tile, self.workers.number, self.model, kept=True)
+
+    def map(self, tiles: list[Tile], compute: Callable, *given: Any) -> Iterator[Any]:
+        import ray
+
+        self.workers.employ(self.weights, self.padding)
+        tiled, (x, *rest) = compute.__self__, given  # type: ignore[attr-defined]
+        # As the network takes it, which is half as much to send; and a copy, which nobody changes later.
+        sent_x = self._send("x", x, lambda: as_array(x).astype("float32"))
+        sent = self._send("tiled", tiled, lambda: tiled), sent_x, *map(ray.put, rest)
+        return self.workers.map(tiles, compute.__func__, *sent)  # type: ignore[attr-defined]
+
+    def _send(self, name: str, value: Any, prepared: Callable[[], Any]) -> Any:
+        """Ray's reference to a value, which is sent anew only if it is another object than the last by this name."""
+        import ray
+
+        if name not in self._sent or self._sent[name][0] is not value:
+            self._sent.pop(name, None)  # what nobody refers to leaves Ray's store
+            self._sent[name] = value, ray.put(prepared())
+        return self._sent[name][1]
+
+    def is_repeatable(self) -> bool:
+        return not self.workers.on_gpus and not on_cluster()
+
+    def close(self) -> None:
+        self.workers.end()
+
+
 def worker_processes() -> list[psutil.Process]:
     """Those that Ray runs for us on this machine, less what it keeps for itself and those that wait for work."""
     by_ray = psutil.Process().children(recursive=True)
@@ -194,44 +242,6 @@ def worker_processes() -> list[psutil.Process]:
             if process.parent().name() == "raylet" and not idle:
                 found.append(process)
     return found
-
-
-class SharedObjective(deepstyle.Objective):
-    """deepstyle's Objective, with the tiles computed by workers."""
-
-    def __init__(self, workers: Workers, content: Any, style: Any, **options: Any):
-        self.workers = workers
-        self.sent: dict[str, tuple[Any, Any]] = {}
-        workers.employ(options["weights"], options["padding"])
-        # A coarse size has smaller tiles, so that there is one for each worker as well.
-        at_most = int(options["tile"]) if options["tile"].isdigit() else None
-        tile = shared_tile(content.shape[:2], at_most, workers.number, options["model"], kept=True)
-        # The weights are the workers'; this process computes nothing with them.
-        super().__init__(content, style, **options | {"weights": {}, "tile": str(tile)})
-
-    def evaluate(self, x: Any) -> deepstyle.Evaluation:
-        # As the network takes it, which is half as much to send; and a copy, which nobody changes later.
-        evaluation = super().evaluate(as_array(x).astype("float32"))
-        if isinstance(x, np.ndarray):
-            return evaluation
-        gradient = import_keras().ops.convert_to_tensor(evaluation.gradient, "float32")
-        return dataclasses.replace(evaluation, gradient=gradient)
-
-    def for_each(self, tiles: list[deepstyle.Tile], compute: Callable, *given: Any) -> Iterator[Any]:
-        import ray
-
-        of_tile, (x, *rest) = compute.__self__, given  # type: ignore[attr-defined]
-        sent = self.send("of_tile", of_tile), self.send("x", x), *map(ray.put, rest)
-        return self.workers.map(tiles, compute.__name__, *sent)
-
-    def send(self, name: str, value: Any) -> Any:
-        """Ray's reference to a value, which is sent anew only if it is another object than the last by this name."""
-        import ray
-
-        if name not in self.sent or self.sent[name][0] is not value:
-            self.sent.pop(name, None)  # what nobody refers to leaves Ray's store
-            self.sent[name] = value, ray.put(value)
-        return self.sent[name][1]
 
 
 def on_cluster() -> bool:
@@ -267,7 +277,7 @@ def environment(threads: int) -> dict[str, Any]:
     own = [os.environ.get("PYTHONPATH")]  # an empty part would stand for the folder that the worker is in
     names = "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS", "NPROC"  # NPROC is JAX's
     variables = {
-        "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER / "examples"), *filter(None, own)]),
+        "PYTHONPATH": os.pathsep.join([str(FOLDER), *filter(None, own)]),
         "KERAS_BACKEND": backend(),
         **dict.fromkeys(names, str(threads)),
     }
@@ -276,57 +286,17 @@ def environment(threads: int) -> dict[str, Any]:
     return {"env_vars": variables, **interpreter}
 
 
-def plan_for(
-    workers: int, size: tuple[int, int], settings: deepstyle.Settings, held: Held, found: tuple[float, float] | None
-) -> Plan:
-    """deepstyle's plan for so many workers, with tiles that keep all of them busy.
-
-    What each machine of a cluster has is not known before Ray is: the plan is for one worker beside this process.
-    """
-    here = 1 if on_cluster() else workers
-    plan = plan_memory(size, settings, held, found, here)
-    tile = shared_tile(size, plan.tile, workers, settings.model, kept=settings.tile != "auto")
-    return plan_memory(size, dataclasses.replace(settings, tile=str(tile)), held, found, here)
-
-
-def run(arguments: argparse.Namespace, settings: deepstyle.Settings) -> deepstyle.Ending:
-    """deepstyle's run, with workers. Raises UserError for what is wrong with them before anything is begun."""
-    number = arguments.workers
+def workers_for(job: Job) -> Workers:
+    """The workers of a job that asks for several. Raises UserError for what is wrong with them; nothing is begun."""
+    number = job.workers
     if number < 1:
         raise UserError(f"--workers is {number}; it must be 1 or more")
     if not on_cluster() and number > usable_cores():
         raise UserError(f"--workers is {number}; this machine has {usable_cores()} CPU cores for them")
-    if settings.tile == "off" and number > 1:
+    if job.settings.tile == "off":
         raise UserError(f"--tile is off; {number} workers need tiles to share")
     if not importlib.util.find_spec("ray"):
-        raise UserError(f"this needs the package ray; '{sys.executable} -m pip install ray' brings it")
-    if os.path.isdir(arguments.content):
-        raise UserError(f"'{arguments.content}' is a folder; name one photo, or paint the folder with deepstyle.py")
-    workers = Workers(number)
-    computing = deepstyle.Computing(
-        plan=functools.partial(plan_for, number),
-        device=workers.begin,
-        make=functools.partial(SharedObjective, workers),
-        program=("examples/large_picture.py", "--workers", str(number)),
-        end=workers.end,
-        repeatable=lambda: not workers.on_gpus and not on_cluster(),
-    )
-    return deepstyle.run(arguments, settings, computing=computing)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = deepstyle.command_line()
-    parser.prog = "large_picture.py"
-    parser.description = "deepstyle.py with the picture's tiles shared out among workers, by Ray."
-    parser.add_argument(
-        "--workers",
-        metavar="N",
-        type=functools.partial(deepstyle.value_of, int),
-        default=2,
-        help="how many compute tiles, each with a GPU or its share of the cores (2)",
-    )
-    return deepstyle.main(argv, parser, run)
-
-
-if __name__ == "__main__":
-    leave(main())
+        raise UserError(f"--workers needs the package ray; '{sys.executable} -m pip install ray' brings it")
+    if os.path.isdir(job.content):
+        raise UserError(f"'{job.content}' is a folder; --workers shares out one photo's tiles")
+    return Workers(number)
