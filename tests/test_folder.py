@@ -1,6 +1,5 @@
 """A folder of photos: each is painted, by one process; what is wrong with one stops no other."""
 
-import functools
 import os
 import re
 import shlex
@@ -12,7 +11,6 @@ import numpy as np
 import psutil
 import pytest
 from conftest import SMALL, pixels, smooth_picture
-from deepstyle_support.reuse import Reuse
 from PIL import Image
 
 import deepstyle
@@ -127,14 +125,6 @@ def noting(calls, otherwise):
     return lambda *given: calls.append(given[0]) or otherwise(*given)
 
 
-def test_only_the_latest_things_are_kept_for_reuse():
-    made: list[str] = []
-    reuse = Reuse(most=2)
-    for key in "abacbab":
-        assert reuse(key, functools.partial(noting(made, str.upper), key)) == key.upper()
-    assert made == ["a", "b", "c", "b", "a"]
-
-
 def test_resume_computes_only_what_is_not_done(photos, tmp_path, capsys, monkeypatch):
     assert paint(photos, "--num_iter", "1") == 0
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -190,15 +180,6 @@ def test_a_page_is_a_file(photos, tmp_path, capsys, make):
     make(tmp_path / "out" / "a.html")
     assert paint(photos, "--report", "a.html") == 2
     assert "--report is" in capsys.readouterr().err
-
-
-def test_a_style_in_other_tiles_is_not_taken_for_the_same(untrained):
-    wide, photos = smooth_picture(2, 32, 200), [smooth_picture(1, 32, columns) for columns in (32, 64)]
-    reuse = Reuse()
-    _, shared = (deepstyle.Objective(photo, wide, weights=untrained, reuse=reuse) for photo in photos)
-    alone = deepstyle.Objective(photos[1], wide, weights=untrained)
-    for name, target in alone.of_tile.style_targets.items():
-        np.testing.assert_array_equal(shared.of_tile.style_targets[name], target)
 
 
 def test_resume_reports_the_photo_that_was_changed(photos, tmp_path, capsys):
