@@ -8,8 +8,10 @@ import contextlib
 import functools
 import importlib.util
 import os
+import re
 import shlex
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -20,13 +22,16 @@ import psutil
 
 from deepstyle_support.backend import backend_name
 from deepstyle_support.limits import usable_cores
-from deepstyle_support.messages import UserError, counted
+from deepstyle_support.messages import UserError, counted, silenced_stderr
 
 from .terminal import signals_kept_from_children
 
 FOLDER = Path(__file__).resolve().parent.parent  # which the workers' processes import from
 MAX_DEATHS = 3  # of workers one after another, for each that there is to be, without any work that is done in between
 PATIENCE = 300  # seconds to wait for a worker if there is no other; to load a backend takes 5 to 60
+ANSWER = 10  # seconds in which somebody is to answer where a cluster is said to be
+# Ray reads this when it is imported. By itself it asks 20 times, and if nobody answers each takes 40 seconds.
+IMPATIENT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "15"}
 LOOK = 5  # seconds between two looks at whether workers' processes are there; three times none means that they die
 
 
@@ -56,6 +61,8 @@ class Crew:
 
     def begin(self) -> str:
         """Start Ray, or join the cluster that RAY_ADDRESS names; what each worker has of it, in words."""
+        if on_cluster():
+            os.environ.update(IMPATIENT | os.environ)
         import ray
 
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -63,21 +70,22 @@ class Crew:
             options |= {"address": "local", "num_cpus": usable_cores(), "include_dashboard": False}
         self.began, on_sigterm = True, signal.getsignal(signal.SIGTERM)
         try:
-            with signals_kept_from_children():
+            check_that_cluster_answers()
+            with signals_kept_from_children(), silenced_stderr():  # where its C++ code writes as it likes
                 context: Any = ray.init(**options)
                 # Ray's own handler aborts the process, with pages of addresses; a stop that has come waits until here.
                 signal.signal(signal.SIGTERM, on_sigterm)
             self.logs = None if on_cluster() else Path(context.address_info["session_dir"], "logs")
         except Exception as error:  # Ray raises anything here
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"Ray cannot start: {first}", status=1) from error
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"Ray cannot start: {said}", status=1) from error
         machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
         self.on_gpus = any(machine.get("GPU") for machine in machines)
         self.threads = threads_each(self.number, machines)
         if self.on_gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # they are the workers': this process computes nothing
         each = "a GPU" if self.on_gpus else counted(self.threads, "CPU core")
-        where = f"{len(machines)} machines" if on_cluster() else "this machine"
+        where = counted(len(machines), "machine") if on_cluster() else "this machine"
         return f"{counted(self.number, 'worker')} with {each} each of {where}, with {backend_name()}"
 
     def employ(self, kind: type, *given: Any, calls_at_once: int = 1) -> None:
@@ -194,6 +202,29 @@ def worker_processes() -> list[psutil.Process]:
 
 def on_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def check_that_cluster_answers() -> None:
+    """Raise ConnectionError if nobody listens where RAY_ADDRESS says; Ray itself would try for minutes."""
+    if not on_cluster():
+        return
+    import ray
+
+    address = os.environ["RAY_ADDRESS"]
+    if address == "auto":
+        with contextlib.suppress(ImportError, AttributeError):  # another version of Ray may have it elsewhere
+            from ray._private.services import canonicalize_bootstrap_address_or_die
+
+            address = canonicalize_bootstrap_address_or_die(address)
+    parts = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d{1,5})", address)
+    if not parts:  # Ray says what is wrong with it
+        return
+    host = parts[1] if parts[1] not in ("localhost", "127.0.0.1", "::1") else ray.util.get_node_ip_address()
+    try:
+        socket.create_connection((host, int(parts[2])), ANSWER).close()
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConnectionError(f"nobody answers at {address}, which RAY_ADDRESS names: {why}") from error
 
 
 def threads_each(workers: int, machines: list[dict[str, float]]) -> int:
