@@ -201,7 +201,7 @@ def worker_processes() -> list[psutil.Process]:
 
 
 def on_cluster() -> bool:
-    return bool(os.environ.get("RAY_ADDRESS"))
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 def check_that_cluster_answers() -> None:
