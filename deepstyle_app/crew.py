@@ -73,6 +73,7 @@ class Crew:
             check_that_cluster_answers()
             with signals_kept_from_children(), silenced_stderr():  # where its C++ code writes as it likes
                 context: Any = ray.init(**options)
+                silence_ray()
                 # Ray's own handler aborts the process, with pages of addresses; a stop that has come waits until here.
                 signal.signal(signal.SIGTERM, on_sigterm)
             self.logs = None if on_cluster() else Path(context.address_info["session_dir"], "logs")
@@ -202,6 +203,18 @@ def worker_processes() -> list[psutil.Process]:
 
 def on_cluster() -> bool:
     return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
+def silence_ray() -> None:
+    """Keep Ray from saying, in a paragraph and from a thread of its own, that a worker has died: we say it in a line.
+
+    It has no setting for that; another version of it may have the function elsewhere.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from ray._private import worker
+
+        assert worker.print_to_stdstream
+        worker.print_to_stdstream = lambda *given, **options: None
 
 
 def check_that_cluster_answers() -> None:
