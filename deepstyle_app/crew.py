@@ -210,10 +210,9 @@ def silence_ray() -> None:
 
     It has no setting for that; another version of it may have the function elsewhere.
     """
-    with contextlib.suppress(ImportError, AttributeError):
+    with contextlib.suppress(ImportError):
         from ray._private import worker
 
-        assert worker.print_to_stdstream
         worker.print_to_stdstream = lambda *given, **options: None
 
 
