@@ -20,6 +20,7 @@ from PIL import Image
 import deepstyle
 from deepstyle_support.engine import Engine
 from deepstyle_support.images import resize
+from deepstyle_support.memory import held_beside
 from deepstyle_support.vgg import CHANNELS
 from deepstyle_support.weights import random_weights
 
@@ -115,6 +116,14 @@ def engine_for(pictures, settings, weights):
 def paint(pictures, settings, weights, state=None, watch=None):
     """The iterations, one after another, in the memory that is free."""
     return deepstyle.paint(pictures, settings, engine_for(pictures, settings, weights), state, watch)
+
+
+def held_by(pictures, settings):
+    """What painting them takes beside what is computed."""
+    full = deepstyle.stages_of(pictures, settings)[-1]
+    return held_beside(
+        pictures.named(), full.size, deepstyle.saved_size(pictures, settings), full.style_sizes, settings
+    )
 
 
 def smooth_picture(seed, rows, columns):

@@ -32,7 +32,7 @@ for case in cases:
     loss, gradient = objective(x)
     np.savez(f"{folder}/{case}.npz", loss=loss, gradient=gradient)
     if kind == "device":
-        points = deepstyle.minimise(objective, x, optimizer="device", history=3)
+        points = deepstyle.minimise(objective, deepstyle.State(x), "device", history=3)
         losses = [next(points).evaluation.loss for _ in range(2)]
         np.savez(f"{folder}/{case} losses.npz", losses=losses)
 """

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import re
 import resource
 import subprocess
@@ -14,17 +15,28 @@ import weakref
 import numpy as np
 import psutil
 import pytest
-from conftest import smooth_picture
+from conftest import Recorder, describe, held_by, paint, smooth_picture
 from PIL import Image
 
 import deepstyle
-from deepstyle import Settings
+from deepstyle import Pictures, Settings, stages_of
 from deepstyle_app.command import main
 from deepstyle_support import limits, memory
 from deepstyle_support.backend import import_keras
 from deepstyle_support.device import Memory
-from deepstyle_support.memory import Held, free_memory, needed_memory, smaller_tile
+from deepstyle_support.engine import Engine, on_device
+from deepstyle_support.images import to_input_space
+from deepstyle_support.memory import (
+    Held,
+    Plan,
+    free_memory,
+    held_for_animation,
+    needed_memory,
+    plan_memory,
+    smaller_tile,
+)
 from deepstyle_support.messages import in_words
+from deepstyle_support.tiles import cut
 from deepstyle_support.vgg import halo
 
 GB = 10**9
@@ -36,7 +48,7 @@ def both(untrained, rows, columns, tile, **options):
     content, style = smooth_picture(1, rows, columns), smooth_picture(2, rows, columns)
     whole = deepstyle.Objective(content, style, weights=untrained, **options)
     tiled = deepstyle.Objective(content, style, weights=untrained, tile=tile, **options)
-    x = deepstyle.to_input_space(content) + np.random.default_rng(3).normal(0, 20, content.shape)
+    x = to_input_space(content) + np.random.default_rng(3).normal(0, 20, content.shape)
     return whole, tiled, x
 
 
@@ -97,7 +109,7 @@ def test_a_halo_one_position_smaller_would_be_wrong(untrained, monkeypatch):
 @pytest.mark.parametrize("length", [33, 160, 1000, 1023, 2048])
 @pytest.mark.parametrize("tile", [80, 100, 512])
 def test_tiles_cover_a_side_once_and_have_few_shapes(length, tile):
-    cuts = deepstyle.cut(length, tile, 80)
+    cuts = cut(length, tile, 80)
     assert [pixel for own, _ in cuts for pixel in range(own.start, own.stop)] == list(range(length))
     assert len({window.stop - window.start for _, window in cuts}) <= 4
     for own, window in cuts:
@@ -111,9 +123,9 @@ def test_all_tiles_run_through_few_compiled_shapes(untrained, monkeypatch):
     traced = []
     parts = deepstyle.weighted_parts
 
-    def spy(losses, pixels, pool_type, x, *given):
+    def spy(terms, pixels, pool_type, x, *given):
         traced.append(x.shape)
-        return parts(losses, pixels, pool_type, x, *given)
+        return parts(terms, pixels, pool_type, x, *given)
 
     monkeypatch.setattr(deepstyle, "weighted_parts", spy)
     deepstyle.compiled.cache_clear()
@@ -132,8 +144,9 @@ def test_all_tiles_run_through_few_compiled_shapes(untrained, monkeypatch):
 def test_an_objective_that_is_done_with_leaves_no_weights_behind(untrained):
     earlier, _, x = both(untrained, 32, 40, 16)
     earlier(x)
-    weights = [weakref.ref(tensor) for tensor in import_keras().tree.flatten(earlier.of_tile.weights)]
-    del earlier
+    network = earlier.engine.cache.get("the network", lambda: pytest.fail("it is there"))
+    weights = [weakref.ref(tensor) for tensor in import_keras().tree.flatten(network)]
+    del earlier, network
     assert all(tensor() is None for tensor in weights)
 
 
@@ -222,7 +235,7 @@ def test_what_a_ulimit_leaves_is_less_what_is_taken_and_what_the_backend_reserve
 
 
 def test_a_refusal_names_the_ulimit_that_it_is_for(monkeypatch):
-    pictures = deepstyle.Pictures(blank(400, 300), (blank(40, 40),))
+    pictures = Pictures(blank(400, 300), (blank(40, 40),))
     for limit, said in (({"v": 3}, "under 'ulimit -v'"), ({"d": 2}, "under 'ulimit -d'"), ({}, "GB are free, ")):
         under(monkeypatch, **limit)
         have(monkeypatch, min([2 * GB, *limits.left_by_ulimits().values()]) / GB)
@@ -255,9 +268,9 @@ def test_a_run_under_a_ulimit_is_painted_or_refused_and_dies_of_nothing(picture_
 def test_a_picture_is_tiled_only_when_it_has_to_be_with_the_largest_tiles(monkeypatch):
     size, settings = (2000, 3000), Settings()
     have(monkeypatch, 100)
-    assert deepstyle.plan_memory(size, settings)[:2] == (None, 10)
+    assert plan_memory(size, settings)[:2] == (None, 10)
     have(monkeypatch, 12)
-    plan = deepstyle.plan_memory(size, settings)
+    plan = plan_memory(size, settings)
     assert 512 <= plan.tile < 3000
     assert plan.history == 10
     assert plan.needed <= 12 * GB
@@ -269,9 +282,9 @@ def test_a_picture_is_tiled_only_when_it_has_to_be_with_the_largest_tiles(monkey
 def test_corrections_are_given_up_before_tiles_get_small(monkeypatch):
     size, settings = (3072, 3072), Settings(history=8)
     have(monkeypatch, sum(needed_memory(size, 512, 6, settings)) / GB + 0.01)
-    assert deepstyle.plan_memory(size, settings)[:2] == (512, 6)
+    assert plan_memory(size, settings)[:2] == (512, 6)
     have(monkeypatch, sum(needed_memory(size, 256, 5, settings)) / GB + 0.01)
-    plan = deepstyle.plan_memory(size, settings)
+    plan = plan_memory(size, settings)
     assert plan[:2] == (256, 5)
     assert "keeps 5 corrections instead of 8" in plan.in_words(settings.history)
 
@@ -280,19 +293,19 @@ def test_corrections_are_given_up_before_tiles_get_small(monkeypatch):
 def test_the_plan_counts_what_is_held_beside_the_computing(monkeypatch):
     have(monkeypatch, 100)
     size = (500, 500)
-    bare = deepstyle.plan_memory(size, Settings())
-    assert deepstyle.plan_memory(size, Settings(), Held(kept=7 * GB)).needed == bare.needed + 7 * GB
+    bare = plan_memory(size, Settings())
+    assert plan_memory(size, Settings(), Held(kept=7 * GB)).needed == bare.needed + 7 * GB
     # The content's features at conv1_1, 64 numbers a pixel, once in NumPy and once where they are compared.
-    early = deepstyle.plan_memory(size, Settings(content_layer="conv1_1"))
+    early = plan_memory(size, Settings(content_layer="conv1_1"))
     assert early.needed - bare.needed == pytest.approx(2 * 4 * (64 - 512 / 16**2) * 500 * 500)
     have(monkeypatch, bare.needed / GB + 1)
-    assert deepstyle.plan_memory(size, Settings(), Held(kept=0.9 * GB))[:2] == bare[:2]
+    assert plan_memory(size, Settings(), Held(kept=0.9 * GB))[:2] == bare[:2]
     with pytest.raises(deepstyle.UserError, match="GB of memory or more"):
-        deepstyle.plan_memory(size, Settings(), Held(kept=bare.needed))
+        plan_memory(size, Settings(), Held(kept=bare.needed))
 
 
 def test_the_plan_counts_the_kernels_lines_that_edge_needs(untrained):
-    kernels = deepstyle.on_device(untrained, "edge").values()
+    kernels = on_device(untrained, "edge").values()
     lines = [side for kernel, _ in kernels for side in (*kernel.sides, *kernel.flipped_sides)]
     counted = [needed_memory((64, 64), None, 10, Settings(padding=padding))[0] for padding in ("zeros", "edge")]
     assert counted[1] - counted[0] == sum(4 * np.prod(side.shape) for side in lines)
@@ -300,22 +313,20 @@ def test_the_plan_counts_the_kernels_lines_that_edge_needs(untrained):
 
 def test_inputs_colours_and_frames_at_the_saved_size_are_held_beside():
     large = smooth_picture(1, 200, 300)
-    pictures = deepstyle.Pictures(large, (large,), color_mask=large)
+    pictures = Pictures(large, (large,), color_mask=large)
     small = Settings(image_size=40, maintain_aspect_ratio=False)
     inputs = 3 * large.nbytes + memory.MASKING * 200 * 300  # the mask is resized for each picture that is saved
-    assert deepstyle.held_by(pictures, small).kept == inputs + 27 * 40 * 40
+    assert held_by(pictures, small).kept == inputs + 27 * 40 * 40
     own_size = dataclasses.replace(small, rescale_image=True, preserve_color=True)
     inputs += memory.RESIZING * 200 * 300  # and so is the content
-    assert deepstyle.held_by(pictures, own_size).kept == inputs + 38 * 200 * 300
-    assert deepstyle.held_by(pictures, own_size, frames=11).kept == inputs + (38 + 12 * 11 + 25) * 200 * 300
+    assert held_by(pictures, own_size).kept == inputs + 38 * 200 * 300
+    assert held_for_animation((200, 300), 3, 11) == (12 * 11 + 25) * 200 * 300
 
 
 def test_each_mask_is_held_at_the_layers_that_it_limits():
     content, masks = smooth_picture(1, 200, 300), (smooth_picture(2, 40, 40), smooth_picture(3, 40, 40))
     styles = (content, content)
-    plain, masked = (
-        deepstyle.held_by(deepstyle.Pictures(content, styles, given), Settings(image_size=200)) for given in ((), masks)
-    )
+    plain, masked = (held_by(Pictures(content, styles, given), Settings(image_size=200)) for given in ((), masks))
     # float32 at conv1_1, conv2_1 ... conv5_1
     placed = 4 * sum(200 // step * (300 // step) for step in (1, 2, 4, 8, 16))
     assert masked.kept - plain.kept == pytest.approx(2 * (placed + masks[0].nbytes), rel=0.02)
@@ -337,27 +348,25 @@ def measured(what):
 @pytest.mark.parametrize("style_size", [0, 900])
 def test_the_plan_counts_what_is_made_ready_before_the_network_sees_it(preserve_color, init_image, style_size):
     large, mask = smooth_picture(1, 600, 800), smooth_picture(2, 600, 800)
-    pictures = deepstyle.Pictures(large, (large, large), (mask, mask))
+    pictures = Pictures(large, (large, large), (mask, mask))
     settings = Settings(
         image_size=300, preserve_color=preserve_color, init_image=init_image, style_size=style_size, style_fit="keep"
     )
     read = sum(picture.nbytes for picture in pictures.named().values())
-    for made_ready in (
-        lambda: deepstyle.shown_at((300, 400), pictures, settings),
-        lambda: deepstyle.start_picture(pictures, (300, 400), settings),
-    ):
+    (stage,) = stages_of(pictures, settings)
+    for made_ready in (stage.shown, stage.start):
         # tracemalloc sees NumPy's arrays, and not what Pillow takes.
-        assert measured(made_ready) <= deepstyle.held_by(pictures, settings).before - read
+        assert measured(made_ready) <= held_by(pictures, settings).before - read
 
 
 @pytest.mark.usefixtures("full_network")
 def test_tile_can_be_said(monkeypatch):
     have(monkeypatch, 100)
-    assert deepstyle.plan_memory((999, 999), Settings(tile="256")).tile == 256
+    assert plan_memory((999, 999), Settings(tile="256")).tile == 256
     have(monkeypatch, 3.2)
-    assert deepstyle.plan_memory((999, 999), Settings()).tile
+    assert plan_memory((999, 999), Settings()).tile
     with pytest.raises(deepstyle.UserError, match="--tile auto may need less"):
-        deepstyle.plan_memory((999, 999), Settings(tile="off"))
+        plan_memory((999, 999), Settings(tile="off"))
 
 
 def refused_with(pictures, settings):
@@ -375,7 +384,7 @@ def blank(rows, columns):
 
 def test_a_picture_that_does_not_fit_is_refused_with_the_size_that_does(monkeypatch):
     have(monkeypatch, 2)
-    pictures, settings = deepstyle.Pictures(blank(400, 300), (blank(40, 40),)), Settings(image_size=4000)
+    pictures, settings = Pictures(blank(400, 300), (blank(40, 40),)), Settings(image_size=4000)
     said, named = refused_with(pictures, settings)
     assert re.match(r"4000 x 3000 pixels need .* GB of memory or more, 2\.0 GB are free, enough for", said)
     assert deepstyle.planned(pictures, Settings(image_size=named)).tile
@@ -388,7 +397,7 @@ def random_case(seed):
     pick = lambda *choices: choices[random.integers(len(choices))]  # noqa: E731
     rows, columns = (int(one) for one in np.exp(random.uniform(np.log(40), np.log(12000), 2)))
     masks = (blank(300, 200),) if random.random() < 0.3 else ()
-    pictures = deepstyle.Pictures(blank(rows, columns), (blank(int(pick(50, 700, 6000)), 500),), masks)
+    pictures = Pictures(blank(rows, columns), (blank(int(pick(50, 700, 6000)), 500),), masks)
     settings = Settings(
         image_size=int(np.exp(random.uniform(np.log(40), np.log(40000)))),
         maintain_aspect_ratio=bool(pick(True, False)),
@@ -407,15 +416,22 @@ def random_case(seed):
     return pictures, settings, float(random.uniform(0.9, 12)), pick(0, 0, float(random.uniform(0.3, 8)))
 
 
+def bytes_kept(pictures, stages):
+    """Of an animation, and of a page with as many pictures, none of which is larger than 900 x 900."""
+    frames, saved = 1 + sum(stage.iterations for stage in stages), deepstyle.saved_size(pictures, stages[-1].settings)
+    on_page = min(1.0, 900 / max(stages[-1].size)) ** 2 * math.prod(stages[-1].size)
+    return held_for_animation(saved, 3, frames) + int(4 * frames * on_page)
+
+
 @pytest.mark.parametrize("workers", [0, 3])
-def test_the_size_that_is_named_is_one_that_fits_whatever_else_is_set(monkeypatch, tmp_path, workers):
-    outputs = deepstyle.Outputs(tmp_path / "a", animation=tmp_path / "a.gif", report=tmp_path / "a.html")
-    plan_at = functools.partial(deepstyle.plan_memory, workers=workers)
+def test_the_size_that_is_named_is_one_that_fits_whatever_else_is_set(monkeypatch, workers):
+    plan_at = functools.partial(plan_memory, workers=workers)
     named = none = 0
     for seed in range(300):
         pictures, settings, gigabytes, gpu = random_case(seed)
         have(monkeypatch, gigabytes, gpu)
-        plan = functools.partial(deepstyle.planned, pictures, plan=plan_at, outputs=outputs if seed % 3 == 0 else None)
+        kept = {"bytes_kept": functools.partial(bytes_kept, pictures)} if seed % 3 == 0 else {}
+        plan = functools.partial(deepstyle.planned, pictures, plan=plan_at, **kept)
         try:
             assert plan(settings=settings).needed <= gigabytes * GB
         except memory.TooLarge as error:
@@ -450,7 +466,7 @@ def test_stylize_refuses_an_absurd_size_before_it_resizes_any_mask(monkeypatch):
 
 def test_where_no_size_fits_it_is_said_what_takes_the_memory(monkeypatch):
     have(monkeypatch, 4)
-    pictures = deepstyle.Pictures(blank(400, 300), (blank(400, 400),))
+    pictures = Pictures(blank(400, 300), (blank(400, 400),))
     said, named = refused_with(pictures, Settings(image_size=100, style_size=30000))
     assert not named
     assert re.search(
@@ -462,18 +478,18 @@ def test_scipys_lbfgs_gets_no_more_than_it_can_count(monkeypatch):
     have(monkeypatch, 10000)
     sizes = {(5000, 5500): 10, (5400, 5500): 9, (6000, 7600): 5}
     for size, history in sizes.items():
-        assert deepstyle.plan_memory(size, Settings()).history == history
+        assert plan_memory(size, Settings()).history == history
         n, m = 3 * size[0] * size[1], history
         assert 2 * m * n + 5 * n + 11 * m**2 + 8 * m < 2**31
-        assert deepstyle.plan_memory(size, Settings(optimizer="device")).history == 10
+        assert plan_memory(size, Settings(optimizer="device")).history == 10
     with pytest.raises(deepstyle.UserError, match="too many for SciPy's L-BFGS-B"):
-        deepstyle.plan_memory((8192, 8192), Settings())
-    assert deepstyle.plan_memory((8192, 8192), Settings(optimizer="device")).history == 10
+        plan_memory((8192, 8192), Settings())
+    assert plan_memory((8192, 8192), Settings(optimizer="device")).history == 10
 
 
 def test_the_plan_counts_a_style_that_is_shown_much_larger(monkeypatch):
     have(monkeypatch, 100)
-    pictures = deepstyle.Pictures(smooth_picture(1, 40, 40), (smooth_picture(2, 40, 40),))
+    pictures = Pictures(smooth_picture(1, 40, 40), (smooth_picture(2, 40, 40),))
     small, like, large = (
         deepstyle.planned(pictures, Settings(image_size=40, style_size=rows)).needed for rows in (40, 100, 8000)
     )
@@ -485,25 +501,25 @@ def test_the_plan_counts_a_style_that_is_shown_much_larger(monkeypatch):
 def test_the_network_has_to_fit_on_the_gpu_and_only_the_rest_here(monkeypatch):
     size = (1500, 1500)
     have(monkeypatch, 4, gpu=80)
-    plan = deepstyle.plan_memory(size, Settings())
+    plan = plan_memory(size, Settings())
     assert plan[:2] == (None, 10)
     needed = needed_memory(size, None, 10, Settings())
     here = needed.vectors + needed.rest + memory.CUDA  # whose libraries take memory here as well
     assert (plan.needed, plan.on_gpu) == (here, (needed.computing, 80 * GB))
     assert plan.in_words(10).endswith(f", and {needed.computing / 1e9:.1f} GB on the GPU of 80.0 GB free")
     have(monkeypatch, 4, gpu=4)
-    plan = deepstyle.plan_memory(size, Settings())
+    plan = plan_memory(size, Settings())
     assert plan.tile
     assert plan.on_gpu[0] <= 4 * GB < needed_memory(size, None, 10, Settings())[0]
     have(monkeypatch, 1, gpu=80)
     with pytest.raises(deepstyle.UserError, match=r"1\.0 GB are free; on the GPU 0\.5 GB, 80\.0 GB are free"):
-        deepstyle.plan_memory(size, Settings())
+        plan_memory(size, Settings())
 
 
 def test_a_tiled_run_paints_the_same_picture(untrained):
-    pictures = deepstyle.Pictures(smooth_picture(1, 32, 240), (smooth_picture(2, 40, 32),))
+    pictures = Pictures(smooth_picture(1, 32, 240), (smooth_picture(2, 40, 32),))
     whole, tiled = (
-        next(deepstyle.paint(pictures, Settings(image_size=32, num_iter=1, tile=tile), untrained)).picture
+        next(paint(pictures, Settings(image_size=32, num_iter=1, tile=tile), untrained)).picture
         for tile in ("off", "64")
     )
     assert np.abs(whole.astype(int) - tiled).max() <= 2
@@ -521,15 +537,15 @@ def run_out_above(columns, monkeypatch, after=0):
     """Let tiles whose windows are wider run out of memory as the backend does it, after so many that do not."""
     computed = []
     for name in ("parts_and_gradient", "grams", "own_features"):
-        compute = getattr(deepstyle.TileLosses, name)
+        compute = getattr(deepstyle.TiledLoss, name)
 
-        def limited(self, tile, *given, compute=compute):
+        def limited(self, network, tile, *given, compute=compute):
             computed.append(tile)
             if len(computed) > after and tile.window[1].stop - tile.window[1].start > columns:
                 raise no_memory()
-            return compute(self, tile, *given)
+            return compute(self, network, tile, *given)
 
-        monkeypatch.setattr(deepstyle.TileLosses, name, limited)
+        monkeypatch.setattr(deepstyle.TiledLoss, name, limited)
 
 
 @pytest.mark.xdist_group("no memory")
@@ -537,12 +553,12 @@ def run_out_above(columns, monkeypatch, after=0):
 def test_what_runs_out_of_memory_is_computed_again_in_smaller_tiles(untrained, monkeypatch, after):
     content, style = smooth_picture(1, 40, 230), smooth_picture(2, 40, 230)
     whole = deepstyle.Objective(content, style, weights=untrained)
-    told: list[int] = []
+    watch, (stage,) = Recorder(), stages_of(Pictures(content, (style,)), Settings(image_size=40))
     run_out_above(210, monkeypatch, after)
-    short = deepstyle.Objective(content, style, weights=untrained, on_smaller_tiles=told.append)
-    x = deepstyle.to_input_space(content) + np.random.default_rng(3).normal(0, 20, content.shape)
+    short = deepstyle.Objective.at(stage, Engine(Plan(None, 10), untrained), watch)
+    x = to_input_space(content) + np.random.default_rng(3).normal(0, 20, content.shape)
     short(x)
-    assert told == [128]
+    assert watch.tiles == [128]
     monkeypatch.undo()
     assert_same(whole, short, x)
 
@@ -563,30 +579,29 @@ def test_memory_that_runs_out_in_mid_run_loses_nothing_and_is_said(untrained, mo
     assert lines[said - 1].startswith("iteration 1/2")
     assert lines[said + 1].startswith("iteration 2/2")
     assert sum("out of memory" in line for line in lines) == 1
-    # The optimiser goes on with what it has learnt: as many evaluations, and the same losses but for rounding.
+    # The optimiser goes on with the curvature that it knows: as many evaluations, and the same losses but for rounding.
     plenty, short = (np.genfromtxt(tmp_path / name, delimiter=",", names=True) for name in ("plenty.csv", "short.csv"))
     np.testing.assert_array_equal(short["evaluations"], plenty["evaluations"])
     np.testing.assert_allclose(short["loss"], plenty["loss"], rtol=0.01)
     for iteration, again in ((1, "makes it again"), (2, "comes close to it, not bit for bit")):
-        assert main(["--describe", str(tmp_path / f"short_at_iteration_{iteration}.png")]) == 0
-        assert f"this {again}" in capsys.readouterr().out
+        assert f"this {again}" in describe(tmp_path / f"short_at_iteration_{iteration}.png", capsys)
 
 
 @pytest.mark.xdist_group("no memory")
 def test_what_runs_out_in_the_smallest_tiles_too_is_one_line(untrained, monkeypatch):
-    told: list[int] = []
-    run_out_above(0, monkeypatch)
     content = smooth_picture(1, 40, 350)
+    watch, (stage,) = Recorder(), stages_of(Pictures(content, (content,)), Settings(image_size=40))
+    run_out_above(0, monkeypatch)
     with pytest.raises(deepstyle.UserError, match="out of memory even in the smallest tiles; lower --image_size"):
-        deepstyle.Objective(content, content, weights=untrained, on_smaller_tiles=told.append)
-    assert told == [160, 128]
+        deepstyle.Objective.at(stage, Engine(Plan(None, 10), untrained), watch)
+    assert watch.tiles == [160, 128]
 
 
 def test_other_errors_are_not_tried_again(untrained, monkeypatch):
     def fail(self, *given):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(deepstyle.TileLosses, "grams", fail)
+    monkeypatch.setattr(deepstyle.TiledLoss, "grams", fail)
     content = smooth_picture(1, 32, 200)
     with pytest.raises(RuntimeError, match="something else"):
         deepstyle.Objective(content, content, weights=untrained)

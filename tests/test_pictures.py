@@ -102,7 +102,7 @@ def test_resizing_is_pillows_bilinear():
 def test_rescaled_picture_has_the_contents_size(method):
     content, small = smooth_picture(1, 45, 61), smooth_picture(2, 20, 27)
     settings = Settings(rescale_image=True, rescale_method=method)
-    picture = deepstyle.finish(deepstyle.to_input_space(small), content, settings)
+    picture = deepstyle.finish(to_input_space(small), content, settings)
     expected = Image.fromarray(small).resize((61, 45), Image.Resampling[method.upper()])
     np.testing.assert_array_equal(picture, np.asarray(expected))
 
@@ -114,7 +114,7 @@ def test_cubic_is_another_name_for_bicubic():
 def test_preserve_color_keeps_the_results_luma_and_the_contents_chroma():
     # Mild colours: at the edges of RGB, clipping would change luma and chroma.
     content, result = smooth_picture(1, 20, 20) // 4 + 96, smooth_picture(2, 20, 20) // 4 + 96
-    x = deepstyle.to_input_space(result)
+    x = to_input_space(result)
     picture = deepstyle.finish(x, content, Settings(preserve_color=True))
     shown, wanted_luma, wanted_chroma = (
         np.asarray(Image.fromarray(p).convert("YCbCr")).astype(int) for p in (picture, result, content)
@@ -126,7 +126,7 @@ def test_preserve_color_keeps_the_results_luma_and_the_contents_chroma():
 
 def test_input_space_is_bgr_minus_the_means_and_back():
     picture = np.uint8([[[255, 128, 0]]])
-    x = deepstyle.to_input_space(picture)
+    x = to_input_space(picture)
     assert x.ravel().tolist() == pytest.approx([0 - 103.939, 128 - 116.779, 255 - 123.68])
     np.testing.assert_array_equal(from_input_space(x), picture)
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from conftest import IMAGES, full_width
+from conftest import IMAGES, full_width, paint
 
 import deepstyle
-from deepstyle_support.images import resize
+from deepstyle_support.images import resize, to_input_space
 
 pytestmark = [pytest.mark.usefixtures("full_network"), pytest.mark.xdist_group("trained")]
 
@@ -37,9 +37,9 @@ def test_style_loss_falls_twentyfold_in_three_iterations(trained):
     settings = deepstyle.Settings(image_size=128, num_iter=3)
     size = deepstyle.picture_sizes(content.shape, settings)[-1]
     small = resize(content, size)
-    before = deepstyle.Objective(small, resize(style, size), weights=trained).evaluate(deepstyle.to_input_space(small))
-    *_, last = deepstyle.paint(deepstyle.Pictures(content, (style,)), settings, trained)
+    before = deepstyle.Objective(small, resize(style, size), weights=trained).evaluate(to_input_space(small))
+    *_, last = paint(deepstyle.Pictures(content, (style,)), settings, trained)
     assert last.number == 3
-    assert last.style_loss < before.sum_of("style") / 20
+    assert last.losses.style < before.losses.style / 20
     # A picture, not noise: it still has the photo's bright ground and dark sky.
     assert np.corrcoef(last.picture.ravel(), small.ravel())[0, 1] > 0.3

@@ -7,16 +7,16 @@ import imageio.v3
 import numpy as np
 import oracle
 import pytest
-from conftest import describe, pixels, run_quietly, smooth_picture
+from conftest import describe, held_by, pixels, run_quietly, smooth_picture
 from odd_files import chunk, png, tiff
 from PIL import Image
 from test_losses import LAYERS, SIZE, found, on_grid, picture, soft_mask, some_x  # noqa: F401
 
 import deepstyle
-from deepstyle import Pictures, Settings
+from deepstyle import STYLE, Pictures, Settings, stages_of
 from deepstyle_support.colours import colours, match_colours
-from deepstyle_support.images import resize
-from deepstyle_support.memory import PLACED_MASK
+from deepstyle_support.images import MEAN_BGR, resize, to_input_space
+from deepstyle_support.memory import PLACED_MASK, held_for_animation
 from deepstyle_support.transparency import alpha_of, filled, laid_on
 
 
@@ -71,7 +71,7 @@ def test_several_styles_share_the_contents_alpha(untrained):
         filled(content), styles, style_masks=[alpha, alpha], content_mask=alpha, weights=untrained
     )
     assert plain.evaluate(some_x()).parts == pytest.approx(masked.evaluate(some_x()).parts, rel=1e-5)
-    assert len(plain.of_tile.places("style")) == len(LAYERS)  # and not once for each of them
+    assert len(plain.tiled.places(STYLE)) == len(LAYERS)  # and not once for each of them
 
 
 def test_what_is_beneath_the_transparency_changes_nothing(untrained):
@@ -114,14 +114,15 @@ def test_colours_are_matched_where_pictures_are_opaque():
 @pytest.mark.parametrize("start", ["content", "gray", "recolored", "noise"])
 def test_any_start_is_without_holes(start):
     pictures = Pictures(clear(1), (clear(2),))
-    x = deepstyle.start_picture(pictures, SIZE, Settings(image_size=37, init_image=start))
+    (stage,) = stages_of(pictures, Settings(image_size=37, init_image=start))
+    x = stage.start()
     assert x.shape == (*SIZE, 3)
-    border = (x + deepstyle.MEAN_BGR)[0]
+    border = (x + MEAN_BGR)[0]
     assert border.min() > 5 or start == "noise"  # not the black that is beneath
 
 
 def test_the_result_has_the_contents_alpha_at_its_size():
-    content, x = clear(1), deepstyle.to_input_space(picture(3, (20, 28)))
+    content, x = clear(1), to_input_space(picture(3, (20, 28)))
     for settings in (Settings(), Settings(rescale_image=True), Settings(preserve_color=True)):
         result = deepstyle.finish(x, content, settings)
         size = SIZE if settings.rescale_image else (20, 28)
@@ -131,7 +132,7 @@ def test_the_result_has_the_contents_alpha_at_its_size():
 
 
 def test_colours_of_the_content_are_kept_at_a_transparent_edge():
-    content, x = clear(1), deepstyle.to_input_space(picture(3))
+    content, x = clear(1), to_input_space(picture(3))
     kept, of_filled = (deepstyle.finish(x, one, Settings(preserve_color=True)) for one in (content, filled(content)))
     np.testing.assert_array_equal(kept[..., :3], of_filled)
 
@@ -288,5 +289,7 @@ def test_the_plan_counts_the_alpha_of_the_inputs_the_result_and_the_frames():
     opaque = Pictures(picture(1), (picture(2),))
     transparent = dataclasses.replace(opaque, content=clear(1))
     settings = Settings(image_size=37)
-    more = deepstyle.held_by(transparent, settings, frames=3).kept - deepstyle.held_by(opaque, settings, frames=3).kept
-    assert more == pytest.approx(math.prod(SIZE) * (1 + 5 + 3 * 4 + PLACED_MASK))
+    more = held_by(transparent, settings).kept - held_by(opaque, settings).kept
+    assert more == pytest.approx(math.prod(SIZE) * (1 + 5 + PLACED_MASK))
+    frames = [held_for_animation(SIZE, channels, 3) for channels in (3, 4)]
+    assert frames[1] - frames[0] == math.prod(SIZE) * 3 * 4
