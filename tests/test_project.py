@@ -13,7 +13,8 @@ from conftest import IMAGES
 from PIL import Image
 
 import deepstyle
-from deepstyle_app.command import command_line
+from deepstyle_app.command import command_line, job_of
+from deepstyle_support.messages import words
 
 ROOT = IMAGES.parent
 README = (ROOT / "README.md").read_text()
@@ -26,9 +27,7 @@ def test_the_readmes_table_has_every_flag_with_its_default():
     flags = {name: value for name, value in defaults.items() if name not in ("content", "style", "prefix")}
     assert flags.keys() == table.keys()
     for name, value in flags.items():
-        assert table[name] == (
-            "" if value is None or name not in vars(deepstyle.Settings()) else deepstyle.words(value)
-        )
+        assert table[name] == ("" if value is None or name not in vars(deepstyle.Settings()) else words(value))
 
 
 @pytest.mark.parametrize(("page", "pictures"), [("README.md", 7), ("docs/looks.md", 18)])
@@ -43,27 +42,27 @@ def test_the_commands_beside_the_pictures_are_right():
     commands = re.findall(r"^    sh run.sh (.*)$", LOOKS, re.MULTILINE)
     assert len(commands) >= 17
     for command in commands:
-        arguments = command_line().parse_args(shlex.split(command))
-        settings = deepstyle.Settings(**{name: getattr(arguments, name) for name in vars(deepstyle.Settings())})
-        given = [arguments.content, *arguments.style]
-        masks = [*arguments.style_masks, arguments.content_mask, arguments.color_mask]
+        job = job_of(shlex.split(command))
+        given = [job.content, *job.style]
+        masks = [*job.style_masks, job.content_mask, job.color_mask]
         paths = [ROOT / "images" / name for name in given] + [ROOT / name for name in masks if name]
         assert all(path.exists() for path in paths)
-        assert settings.image_size == 200
-        assert f"](looks/{Path(arguments.prefix).name}." in LOOKS
+        assert job.settings.image_size == 200
+        assert f"](looks/{Path(job.prefix).name}." in LOOKS
 
 
 def test_requirements_name_every_package_that_the_program_imports():
     # The tests' own requirements bring more, so that a missing line would show on a newcomer's machine only.
     imported = set()
-    for path in (ROOT / "deepstyle.py", *(ROOT / "deepstyle_support").glob("*.py")):
+    for path in (ROOT / "deepstyle.py", *ROOT.glob("deepstyle_app/*.py"), *ROOT.glob("deepstyle_support/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             imported |= {name.split(".")[0] for name in names}
     known = {"PIL": "pillow"}
-    optional = {"jax", "pillow_heif", "tensorboard", "torch"}
-    needed = {known.get(name, name) for name in imported - sys.stdlib_module_names - {"deepstyle_support"}} - optional
+    optional = {"jax", "pillow_heif", "ray", "tensorboard", "torch"}
+    own = {"deepstyle", "deepstyle_app", "deepstyle_support"}
+    needed = {known.get(name, name) for name in imported - sys.stdlib_module_names - own} - optional
     named = {re.split("[^a-z0-9]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
     assert needed == named - {"keras"}  # which is imported by its name
 
