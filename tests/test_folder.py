@@ -5,19 +5,20 @@ import os
 import re
 import shlex
 import signal
-import time
 
 import forked
 import numpy as np
 import psutil
 import pytest
-from conftest import SMALL, pixels, smooth_picture
-from deepstyle_support.reuse import Reuse
+from conftest import SMALL, pixels, smooth_picture, wait_for
 from PIL import Image
 
 import deepstyle
-from deepstyle_app import inputs, locks
+from deepstyle_app import folder, inputs, locks, run
 from deepstyle_app.command import main
+from deepstyle_support import engine
+from deepstyle_support.cache import Cache
+from deepstyle_support.memory import Plan
 from deepstyle_support.reading import read_picture, shape_of
 
 LAST = "result_image_at_iteration_2.png"
@@ -80,7 +81,7 @@ def test_what_fails_is_told_at_the_end_and_stops_nothing(photos, tmp_path, capsy
     save(photos / "tall.png", 1, 400, 9)
     for hidden in (".DS_Store", "Thumbs.db", "desktop.ini"):
         (photos / hidden).touch()
-    monkeypatch.setattr(deepstyle, "run", only_for(photos / "a.jpg", ValueError("a bug"), deepstyle.run))
+    monkeypatch.setattr(folder, "run", only_for(photos / "a.jpg", ValueError("a bug"), folder.run))
     assert paint(photos) == 1
     out, err = capsys.readouterr()
     assert out.splitlines()[1].startswith("2/7 b c.png: loss ")
@@ -100,20 +101,20 @@ def test_a_page_that_cannot_be_written_is_told_and_stops_nothing(photos, tmp_pat
 
 
 def only_for(path, error, otherwise):
-    def run(arguments, *given):
-        if arguments.content == str(path):
+    def run_one(job, *given):
+        if job.content == str(path):
             raise error
-        return otherwise(arguments, *given)
+        return otherwise(job, *given)
 
-    return run
+    return run_one
 
 
 def test_network_and_style_are_made_ready_once(photos, tmp_path, monkeypatch):
     save(photos / "c.jpg", 4)  # of a.jpg's shape, so the style is shown in the same size
     made: dict[str, list] = {name: [] for name in ("load_weights", "on_device", "read_picture")}
-    for name, calls in made.items():
-        module = inputs if name == "read_picture" else deepstyle
-        monkeypatch.setattr(module, name, noting(calls, getattr(module, name)))
+    for module, name in ((folder, "load_weights"), (run, "load_weights"), (engine, "on_device")):
+        monkeypatch.setattr(module, name, noting(made[name], getattr(module, name)))
+    monkeypatch.setattr(inputs, "read_picture", noting(made["read_picture"], read_picture))
     shown = []
     grams = deepstyle.Objective._grams
     monkeypatch.setattr(deepstyle.Objective, "_grams", lambda *given: shown.append(given[2].shape) or grams(*given))
@@ -129,9 +130,9 @@ def noting(calls, otherwise):
 
 def test_only_the_latest_things_are_kept_for_reuse():
     made: list[str] = []
-    reuse = Reuse(most=2)
+    cache = Cache(size=2)
     for key in "abacbab":
-        assert reuse(key, functools.partial(noting(made, str.upper), key)) == key.upper()
+        assert cache.get(key, functools.partial(noting(made, str.upper), key)) == key.upper()
     assert made == ["a", "b", "c", "b", "a"]
 
 
@@ -140,7 +141,7 @@ def test_resume_computes_only_what_is_not_done(photos, tmp_path, capsys, monkeyp
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(deepstyle, "paint", None)
+        patch.setattr(run, "paint", None)
         assert paint(photos, "--num_iter", "1", "--resume") == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split(", ")[1] for line in lines] == ["done before"] * 2
@@ -193,12 +194,17 @@ def test_a_page_is_a_file(photos, tmp_path, capsys, make):
 
 
 def test_a_style_in_other_tiles_is_not_taken_for_the_same(untrained):
-    wide, photos = smooth_picture(2, 32, 200), [smooth_picture(1, 32, columns) for columns in (32, 64)]
-    reuse = Reuse()
-    _, shared = (deepstyle.Objective(photo, wide, weights=untrained, reuse=reuse) for photo in photos)
-    alone = deepstyle.Objective(photos[1], wide, weights=untrained)
-    for name, target in alone.of_tile.style_targets.items():
-        np.testing.assert_array_equal(shared.of_tile.style_targets[name], target)
+    wide, settings = smooth_picture(2, 32, 200), deepstyle.Settings(image_size=32, style_fit="keep")
+
+    def style_targets(columns, cache):
+        (stage,) = deepstyle.stages_of(deepstyle.Pictures(smooth_picture(1, 32, columns), (wide,)), settings)
+        here = engine.Engine(Plan(None, 10), untrained, cache=cache)
+        return deepstyle.Objective.at(stage, here, deepstyle.Watch()).tiled.style
+
+    cache = Cache()
+    _, shared = (style_targets(columns, cache) for columns in (32, 64))
+    for name, target in style_targets(64, Cache()).items():
+        np.testing.assert_array_equal(shared[name], target)
 
 
 def test_resume_reports_the_photo_that_was_changed(photos, tmp_path, capsys):
@@ -241,8 +247,8 @@ def test_a_page_that_another_run_writes_is_left_alone(photos, tmp_path, capsys, 
         assert paint(photos, "--report", "a.html") == 2
     assert f"another run is writing '{page}'" in capsys.readouterr().err
     # One that came, and went, while the network was loaded.
-    load = deepstyle.load_weights
-    monkeypatch.setattr(deepstyle, "load_weights", lambda *given: [load(*given), page.write_text("a run's")][0])
+    load = folder.load_weights
+    monkeypatch.setattr(folder, "load_weights", lambda *given: [load(*given), page.write_text("a run's")][0])
     assert paint(photos, "--report", "a.html") == 2
     assert f"'{page}' is there, and no page of a folder's photos" in capsys.readouterr().err
     assert names(tmp_path / "out") == ["a.html"]
@@ -258,13 +264,11 @@ def test_a_page_goes_where_a_link_leads(photos, tmp_path):
 
 def test_a_signal_ends_the_batch_and_resume_goes_on_within_the_photo(photos, tmp_path):
     command = [photos, tmp_path / "style.png", tmp_path / "out", *SMALL, "--image_size", "40", "--num_iter"]
-    run = forked.start(*command, "100000")
-    while not (tmp_path / "out" / "a.jpg" / LAST).exists():
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.02)
-    run.terminate()
-    _, err = run.communicate(timeout=30)
-    assert run.returncode == 143
+    process = forked.start(*command, "100000")
+    wait_for(tmp_path / "out" / "a.jpg" / LAST, process)
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143
     stopped, summary = err.splitlines()
     assert stopped.startswith("deepstyle: 1/2 a.jpg: stopped")
     assert summary == "deepstyle: 0 of 2 photos are done; the same command with --resume does what is not"
@@ -276,8 +280,8 @@ def test_a_signal_ends_the_batch_and_resume_goes_on_within_the_photo(photos, tmp
 
 
 def test_a_signal_between_two_photos_ends_the_batch(photos, tmp_path, capsys, monkeypatch):
-    run = deepstyle.run
-    monkeypatch.setattr(deepstyle, "run", lambda *given: (run(*given), os.kill(os.getpid(), signal.SIGTERM))[0])
+    run_one = folder.run
+    monkeypatch.setattr(folder, "run", lambda *given: (run_one(*given), os.kill(os.getpid(), signal.SIGTERM))[0])
     assert paint(photos) == 143
     assert "1 of 2 photos are done" in capsys.readouterr().err
     assert names(tmp_path / "out") == ["a.jpg"]
@@ -397,7 +401,7 @@ def test_masks_of_an_absurd_size_do_not_fill_the_memory_before_it_is_refused(pho
 
 def test_free_memory_is_asked_before_the_first_photo_takes_any(photos, monkeypatch):
     asked = []
-    monkeypatch.setattr(deepstyle, "free_memory", lambda cap: asked.append(cap) or (1e11, 0))
+    monkeypatch.setattr(folder, "free_memory", lambda cap: asked.append(cap) or (1e11, 0))
     monkeypatch.setattr("deepstyle_support.memory.free_memory", lambda cap: pytest.fail("asked again"))
     assert paint(photos) == 0
     assert len(asked) == 1
@@ -408,9 +412,9 @@ def test_fifty_photos_of_one_shape_need_no_more_memory_than_five(photos, monkeyp
     for number in range(48):
         save(photos / f"{number}.png", number)
     save(photos / "b c.png")
-    run, memory = deepstyle.run, []
+    run_one, memory = folder.run, []
     monkeypatch.setattr(
-        deepstyle, "run", lambda *given: (run(*given), memory.append(psutil.Process().memory_info().rss))[0]
+        folder, "run", lambda *given: (run_one(*given), memory.append(psutil.Process().memory_info().rss))[0]
     )
     assert paint(photos, "--num_iter", "1") == 0
     assert len(memory) == 50

@@ -6,14 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import run, smooth_picture
 from PIL import Image
 
 import deepstyle
 from deepstyle_app import terminal
+from deepstyle_app.command import job_of
 from deepstyle_app.files import Outputs
 from deepstyle_app.outputs import iterations_in_events, write_animation
+from deepstyle_app.ownership import RunFiles
+from deepstyle_app.recipe import Recipe
 from deepstyle_app.report import read_report
+from deepstyle_support.memory import Plan
 
 EXTRAS = {"--log": "a.csv", "--tensorboard": "events", "--report": "a.html", "--animation": "a.gif"}
 COARSE = ["--image_size", "64", "--scales", "2", "--coarse_iter", "2"]
@@ -43,7 +47,7 @@ def contents(folder):
 def stopped_at(monkeypatch):
     """A function that lets the next run be stopped at this evaluation."""
     received: list[int] = []
-    monkeypatch.setattr(deepstyle, "signals_as_wishes", lambda *given: contextlib.nullcontext(received))
+    monkeypatch.setattr("deepstyle_app.run.signals_as_requests", lambda *given: contextlib.nullcontext(received))
     evaluate, left = deepstyle.Objective.evaluate, [0]
 
     def count(self, x):
@@ -98,7 +102,7 @@ def test_each_of_them_alone_is_made_and_stays_the_runs_own(picture_files, tmp_pa
 def test_what_a_kill_after_the_last_state_left_out_is_made(picture_files, tmp_path, monkeypatch, goes_on):
     with monkeypatch.context() as killed:
         write = Outputs._write_extras
-        killed.setattr(Outputs, "_write_extras", lambda self, one: one.number == 1 and write(self, one))
+        killed.setattr(Outputs, "_write_extras", lambda self, one, exact: one.number == 1 and write(self, one, exact))
         killed.setattr(Outputs, "finish", lambda self: [])
         assert run(picture_files, tmp_path / "a", *extras(tmp_path)) == 0
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
@@ -140,7 +144,7 @@ def test_of_many_iterations_those_that_a_report_does_not_show_are_not_missed(
     picture_files, tmp_path, capfd, monkeypatch
 ):
     for module in ("files", "report"):
-        monkeypatch.setattr(f"deepstyle_app.{module}.MOST_PICTURES", 3)
+        monkeypatch.setattr(f"deepstyle_app.{module}.MAX_PICTURES", 3)
     flags = ["--report", tmp_path / "a.html", "--every", 9]
     assert run(picture_files, tmp_path / "a", *flags, "--num_iter", 5) == 0
     assert [one.number for one in read_report(tmp_path / "a.html")[0]] == [0, 2, 4, 5]
@@ -224,7 +228,7 @@ def test_the_picture_so_far_is_that_of_the_state_after_a_kill_too(picture_files,
 
 
 def state(size, losses, partial=False):
-    return deepstyle.State(np.zeros((*size, 3)), np.ones((losses, 4)), {}, 20, partial)
+    return deepstyle.State(np.zeros((*size, 3)), (deepstyle.Losses(1.0, 1.0, 1.0, 1.0),) * losses, 20, partial)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +246,10 @@ def test_a_stop_says_what_is_saved(before, said):
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "mp4"])
 def test_an_animation_is_of_a_run_that_has_a_state(tmp_path, kind):
-    outputs = Outputs(tmp_path / "a", animation=tmp_path / f"a.{kind}")
-    outputs.begin(lambda: np.zeros((32, 32, 3), np.uint8), {(32, 32): 1}, None, {}, {})
+    job = job_of(["c.png", "s.png", f"{tmp_path}/a", "--animation", f"{tmp_path}/a.{kind}", "--image_size", "32"])
+    pictures = deepstyle.Pictures(smooth_picture(1, 32, 32), (smooth_picture(2, 32, 32),))
+    outputs = Outputs(RunFiles.of(job), deepstyle.stages_of(pictures, job.settings), {}, None, pytest.fail)
+    outputs.begin(Recipe.of(job, Plan(None, 10)))
     assert outputs.finish() == []
     assert list(tmp_path.iterdir()) == []
 
