@@ -15,6 +15,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import deepstyle
 from deepstyle_support.backend import import_keras
+from deepstyle_support.engine import Engine
 
 
 def run(content, style, settings, weights, goal: float = 0.0) -> tuple[float, float, np.ndarray]:
@@ -22,17 +23,21 @@ def run(content, style, settings, weights, goal: float = 0.0) -> tuple[float, fl
     full_size = deepstyle.picture_sizes(content.shape, settings)[-1]
     began, reached = time.perf_counter(), []
 
-    def on_evaluation(size, count: int, evaluation: deepstyle.Evaluation) -> None:
-        loss = evaluation.loss
-        seconds = time.perf_counter() - began
-        if count % 20 == 1:
-            print(f"{seconds:8.1f} s  {size[0]:4} rows  evaluation {count:3}  loss {loss:.5g}", flush=True)
-        if size == full_size and loss <= goal:
-            reached.append((seconds, loss))
+    class Watch(deepstyle.Watch):
+        def evaluated(self, size: tuple[int, int], count: int, evaluation: deepstyle.Evaluation) -> None:
+            loss = evaluation.loss
+            seconds = time.perf_counter() - began
+            if count % 20 == 1:
+                print(f"{seconds:8.1f} s  {size[0]:4} rows  evaluation {count:3}  loss {loss:.5g}", flush=True)
+            if size == full_size and loss <= goal:
+                reached.append((seconds, loss))
+
+        def should_stop(self) -> bool:
+            return bool(reached)
 
     pictures = deepstyle.Pictures(content, (style,))
-    iterations = deepstyle.paint(pictures, settings, weights, on_evaluation=on_evaluation, stop=lambda: bool(reached))
-    with contextlib.closing(iterations):
+    engine = Engine(deepstyle.planned(pictures, settings), weights, settings.padding)
+    with contextlib.closing(deepstyle.paint(pictures, settings, engine, watch=Watch())) as iterations:
         *_, last = iterations
     seconds, loss = reached[0] if reached else (time.perf_counter() - began, last.loss)
     return seconds, loss, last.picture

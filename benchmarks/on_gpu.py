@@ -38,8 +38,9 @@ import oracle  # noqa: E402, it is not installed but lies in tests/
 import deepstyle  # noqa: E402
 from deepstyle_support.backend import import_keras  # noqa: E402
 from deepstyle_support.device import describe_device, gpu_memory  # noqa: E402
-from deepstyle_support.images import resize  # noqa: E402
-from deepstyle_support.memory import needed_memory  # noqa: E402
+from deepstyle_support.engine import Engine  # noqa: E402
+from deepstyle_support.images import resize, to_input_space  # noqa: E402
+from deepstyle_support.memory import Plan, needed_memory  # noqa: E402
 from deepstyle_support.weights import Weights, load_weights  # noqa: E402
 
 EVALUATIONS = 12  # the first of them compile
@@ -77,7 +78,7 @@ def with_tf32() -> None:
 def exact(weights: Weights) -> dict[str, Any]:
     """Relative errors at 32 rows, as deepstyle computes and with TF32: of the loss, and of the gradient's slopes."""
     content, style = pictures(32)
-    x = deepstyle.to_input_space(content) + np.random.default_rng(3).normal(0, 20, content.shape)
+    x = to_input_space(content) + np.random.default_rng(3).normal(0, 20, content.shape)
     targets, settings = oracle.targets(content, style, weights, "ave"), deepstyle.Settings()
     factors = settings.content_weight, settings.style_weight[0], settings.total_variation_weight
 
@@ -105,7 +106,7 @@ def exact(weights: Weights) -> dict[str, Any]:
 def tf32(weights: Weights, rows: int) -> dict[str, Any]:
     """Seconds of an evaluation of the whole picture, as deepstyle computes and with TF32."""
     content, style = pictures(rows)
-    x = import_keras().ops.convert_to_tensor(deepstyle.to_input_space(content))
+    x = import_keras().ops.convert_to_tensor(to_input_space(content))
     objective = deepstyle.Objective(content, style, weights=weights)
 
     def seconds() -> float:
@@ -162,13 +163,18 @@ def size(weights: Weights, rows: int, tile: int, optimiser: str) -> dict[str, An
     # It ends by asking whether the gradient is finite, so when the device has computed it.
     deepstyle.Objective.evaluate = timed(deepstyle.Objective.evaluate, inside)
 
-    def on_evaluation(at: tuple[int, int], count: int, evaluation: deepstyle.Evaluation) -> None:
-        ends.append((time.perf_counter(), sum(inside)))
+    class Watch(deepstyle.Watch):
+        def evaluated(self, size: tuple[int, int], count: int, evaluation: deepstyle.Evaluation) -> None:
+            ends.append((time.perf_counter(), sum(inside)))
 
-    plan = deepstyle.Plan(tile or None, settings.history, 0, 0)
-    shown = deepstyle.Pictures(content, (style,))
-    stop = lambda: len(ends) >= EVALUATIONS  # noqa: E731
-    list(deepstyle.paint(shown, settings, weights, plan, None, on_evaluation, stop, smaller.append))
+        def should_stop(self) -> bool:
+            return len(ends) >= EVALUATIONS
+
+        def smaller_tiles(self, tile: int) -> None:
+            smaller.append(tile)
+
+    engine = Engine(Plan(tile or None, settings.history), weights, settings.padding)
+    list(deepstyle.paint(deepstyle.Pictures(content, (style,)), settings, engine, watch=Watch()))
     whole, network = (
         [later[which] - earlier[which] for earlier, later in itertools.pairwise(ends)] for which in (0, 1)
     )

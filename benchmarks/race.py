@@ -36,10 +36,12 @@ FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
 import deepstyle  # noqa: E402, it is not installed but lies above
 from deepstyle_support.backend import import_keras  # noqa: E402
-from deepstyle_support.images import resize  # noqa: E402
+from deepstyle_support.engine import Engine  # noqa: E402
+from deepstyle_support.images import resize, to_input_space  # noqa: E402
+from deepstyle_support.settings import STYLE_LAYERS  # noqa: E402
 
 CONTENT, STYLE, VARIATION = 0.025, 1.0 / 5, 1e-5  # the program's default weights
-LAYERS = (*deepstyle.STYLE_LAYERS, "conv5_2")
+LAYERS = (*STYLE_LAYERS, "conv5_2")
 
 
 def resized(paths: list[str], rows: int) -> list[np.ndarray]:
@@ -70,15 +72,17 @@ def run_deepstyle(
     full_size = deepstyle.picture_sizes(content.shape, settings)[-1]
     course = Course()
 
-    def on_evaluation(size: tuple[int, int], count: int, evaluation: deepstyle.Evaluation) -> None:
-        if size == full_size:
-            course.add(evaluation.loss)
+    class Watch(deepstyle.Watch):
+        def evaluated(self, size: tuple[int, int], count: int, evaluation: deepstyle.Evaluation) -> None:
+            if size == full_size:
+                course.add(evaluation.loss)
 
-    def stop() -> bool:
-        return bool(course.points) and course.points[-1][1] <= goal
+        def should_stop(self) -> bool:
+            return bool(course.points) and course.points[-1][1] <= goal
 
     pictures = deepstyle.Pictures(content, (style,))
-    for iteration in deepstyle.paint(pictures, settings, weights, on_evaluation=on_evaluation, stop=stop):
+    engine = Engine(deepstyle.planned(pictures, settings), weights, settings.padding)
+    for iteration in deepstyle.paint(pictures, settings, engine, watch=Watch()):
         if saved:
             Image.fromarray(iteration.picture).save(saved)
     return course.points
@@ -89,7 +93,7 @@ def run_old_way(paths: list[str], rows: int, num_iter: int) -> list:
     import tensorflow as tf
     from scipy import optimize
 
-    content, style = (deepstyle.to_input_space(picture) for picture in resized(paths, rows))
+    content, style = (to_input_space(picture) for picture in resized(paths, rows))
     weights = {name: (tf.constant(k), tf.constant(b)) for name, (k, b) in deepstyle.load_weights()[0].items()}
     size = content.shape[0] * content.shape[1]
     course = Course()
@@ -113,7 +117,7 @@ def run_old_way(paths: list[str], rows: int, num_iter: int) -> list:
             tape.watch(x)
             found = batch_features(tf.stack([content, style, x]))
             loss = CONTENT * tf.reduce_sum((found["conv5_2"][2] - found["conv5_2"][0]) ** 2)
-            for name in deepstyle.STYLE_LAYERS:
+            for name in STYLE_LAYERS:
                 difference = gram(found[name][1]) - gram(found[name][2])
                 loss += STYLE * tf.reduce_sum((difference / (6 * size)) ** 2)
             loss += VARIATION * deepstyle.total_variation(x)
@@ -136,7 +140,7 @@ def pytorch_loss(paths: list[str], rows: int) -> tuple[Any, Callable]:
     from torch.nn import functional
 
     def channels_first(picture: np.ndarray) -> Any:
-        return torch.tensor(deepstyle.to_input_space(picture)).permute(2, 0, 1)[None].contiguous()
+        return torch.tensor(to_input_space(picture)).permute(2, 0, 1)[None].contiguous()
 
     content, style = map(channels_first, resized(paths, rows))
     weights = {
@@ -164,7 +168,7 @@ def pytorch_loss(paths: list[str], rows: int) -> tuple[Any, Callable]:
     with torch.no_grad():
         content_target = features(content)["conv5_2"]
         found = features(style)
-        style_targets = {name: gram(found[name]) for name in deepstyle.STYLE_LAYERS}
+        style_targets = {name: gram(found[name]) for name in STYLE_LAYERS}
 
     def loss_of(x: Any) -> Any:
         found = features(x)

@@ -29,8 +29,9 @@ FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
 import deepstyle  # noqa: E402, it is not installed but lies above
 from deepstyle_support.backend import import_keras  # noqa: E402
-from deepstyle_support.images import resize  # noqa: E402
+from deepstyle_support.images import resize, to_input_space  # noqa: E402
 from deepstyle_support.memory import needed_memory  # noqa: E402
+from deepstyle_support.settings import OPTIMIZERS  # noqa: E402
 from deepstyle_support.vgg import CHANNELS, stride  # noqa: E402
 
 
@@ -83,18 +84,21 @@ def measure(rows: int, tile: int | None, evaluations: int) -> dict:
 
         return call
 
-    objective.of_tile.parts_and_gradient = timed(objective.of_tile.parts_and_gradient)
-    if tile:
-        objective.of_tile.grams = timed(objective.of_tile.grams)
+    for name in ("parts_and_gradient", "grams"):
+        setattr(deepstyle.TiledLoss, name, timed(getattr(deepstyle.TiledLoss, name)))
     ends, insides = [], []
 
-    def on_evaluation(count: int, evaluation: deepstyle.Evaluation) -> None:
-        ends.append(time.perf_counter())
-        insides.append(inside)
+    class Watch(deepstyle.Watch):
+        def evaluated(self, size: tuple[int, int], count: int, evaluation: deepstyle.Evaluation) -> None:
+            ends.append(time.perf_counter())
+            insides.append(inside)
 
-    start = deepstyle.to_input_space(content)
+        def should_stop(self) -> bool:
+            return len(ends) > evaluations
+
+    start = deepstyle.State(to_input_space(content))
     # No more corrections than evaluations, so that all the memory that was estimated gets used.
-    list(deepstyle.minimise(objective, start, on_evaluation, lambda: len(ends) > evaluations, history=evaluations))
+    list(deepstyle.minimise(objective, start, history=evaluations, watch=Watch()))
     seconds = statistics.median(later - before for before, later in itertools.pairwise(ends))
     return {
         "rows": rows,
@@ -123,11 +127,12 @@ def vector_work(rows: int, optimizer: str, corrections: int = 10) -> float:
         nonlocal began
         outside[-1] += time.perf_counter() - began
         gradient = curvature * x
-        evaluation = deepstyle.Evaluation({"bowl": float(total(gradient * x) / 2)}, gradient)
+        loss = float(total(gradient * x) / 2)
+        evaluation = deepstyle.Evaluation(deepstyle.Losses(loss, 0, 0, loss), {"bowl": loss}, gradient)
         began = time.perf_counter()
         return evaluation
 
-    points = deepstyle.OPTIMIZERS[optimizer](evaluate, np.full(shape, 50.0), corrections)
+    points = deepstyle.ALGORITHMS[optimizer](evaluate, np.full(shape, 50.0), corrections)
     with contextlib.closing(points):
         for _ in itertools.islice(points, corrections + 12):
             outside.append(0.0)
@@ -149,7 +154,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one == ["product"]:
         return print(json.dumps({"gflops": matrix_product()}))
-    if arguments.one and arguments.one[0] in deepstyle.OPTIMIZERS:
+    if arguments.one and arguments.one[0] in OPTIMIZERS:
         return print(json.dumps(vector_work(int(arguments.one[1]), arguments.one[0])))
     if arguments.one:
         rows, tile, evaluations = map(int, arguments.one)
@@ -159,7 +164,7 @@ def main() -> None:
     print("     size       tile   s/evaluation  GFLOP/s  share  outside  peak GB (estimated)  vectors")
     table = []
     for count in arguments.rows:
-        vectors = {who: in_its_own_process(who, count) for who in deepstyle.OPTIMIZERS}
+        vectors = {who: in_its_own_process(who, count) for who in OPTIMIZERS}
         for tile in (0, arguments.tile):
             if tile < count:
                 row = in_its_own_process(count, tile, arguments.evaluations)

@@ -1,6 +1,5 @@
 """A folder of photos: each is painted, by one process; what is wrong with one stops no other."""
 
-import functools
 import os
 import re
 import shlex
@@ -17,8 +16,6 @@ import deepstyle
 from deepstyle_app import folder, inputs, locks, run
 from deepstyle_app.command import main
 from deepstyle_support import engine
-from deepstyle_support.cache import Cache
-from deepstyle_support.memory import Plan
 from deepstyle_support.reading import read_picture, shape_of
 
 LAST = "result_image_at_iteration_2.png"
@@ -128,14 +125,6 @@ def noting(calls, otherwise):
     return lambda *given: calls.append(given[0]) or otherwise(*given)
 
 
-def test_only_the_latest_things_are_kept_for_reuse():
-    made: list[str] = []
-    cache = Cache(size=2)
-    for key in "abacbab":
-        assert cache.get(key, functools.partial(noting(made, str.upper), key)) == key.upper()
-    assert made == ["a", "b", "c", "b", "a"]
-
-
 def test_resume_computes_only_what_is_not_done(photos, tmp_path, capsys, monkeypatch):
     assert paint(photos, "--num_iter", "1") == 0
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -191,20 +180,6 @@ def test_a_page_is_a_file(photos, tmp_path, capsys, make):
     make(tmp_path / "out" / "a.html")
     assert paint(photos, "--report", "a.html") == 2
     assert "--report is" in capsys.readouterr().err
-
-
-def test_a_style_in_other_tiles_is_not_taken_for_the_same(untrained):
-    wide, settings = smooth_picture(2, 32, 200), deepstyle.Settings(image_size=32, style_fit="keep")
-
-    def style_targets(columns, cache):
-        (stage,) = deepstyle.stages_of(deepstyle.Pictures(smooth_picture(1, 32, columns), (wide,)), settings)
-        here = engine.Engine(Plan(None, 10), untrained, cache=cache)
-        return deepstyle.Objective.at(stage, here, deepstyle.Watch()).tiled.style
-
-    cache = Cache()
-    _, shared = (style_targets(columns, cache) for columns in (32, 64))
-    for name, target in style_targets(64, Cache()).items():
-        np.testing.assert_array_equal(shared[name], target)
 
 
 def test_resume_reports_the_photo_that_was_changed(photos, tmp_path, capsys):

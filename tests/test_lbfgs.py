@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -280,6 +282,31 @@ def test_the_command_goes_on_to_the_bit_and_says_so(picture_files, tmp_path, cap
     said = capsys.readouterr().out
     assert "makes it again" in said
     assert "--optimizer device" in said
+
+
+def test_the_command_stopped_within_an_iteration_goes_on_to_the_bit_and_says_so(
+    picture_files, tmp_path, capsys, monkeypatch
+):
+    flags = ["--image_size", "64", "--tile", "off", "--num_iter", "3"]
+    assert run_small(picture_files, tmp_path / "once", *flags) == 0
+    evaluate, calls = deepstyle.Objective.evaluate, []
+
+    def stop(self, x):
+        calls.append(x)
+        if len(calls) == 27:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, x)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(deepstyle.Objective, "evaluate", stop)
+        assert run_small(picture_files, tmp_path / "parts", *flags) == 143
+    # What comes of a part of an iteration is no picture that the command makes again.
+    assert "this comes close to it" in describe(tmp_path / "parts" / "result_image_at_iteration_2.png", capsys)
+    assert run_small(picture_files, tmp_path / "parts", *flags, "--resume") == 0
+    for number in (1, 2, 3):
+        np.testing.assert_array_equal(pixels_of(tmp_path / "parts", number), pixels_of(tmp_path / "once", number))
+        path = tmp_path / "parts" / f"result_image_at_iteration_{number}.png"
+        assert "this makes it again" in describe(path, capsys)
 
 
 def test_after_a_kill_the_last_state_is_gone_on_with_and_not_called_exact(picture_files, tmp_path, capsys, monkeypatch):

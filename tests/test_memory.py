@@ -304,6 +304,16 @@ def test_the_plan_counts_what_is_held_beside_the_computing(monkeypatch):
         plan_memory(size, Settings(), Held(kept=bare.needed))
 
 
+def test_the_plan_counts_what_whoever_saves_the_pictures_keeps(monkeypatch):
+    have(monkeypatch, 100)
+    pictures, settings, asked = Pictures(blank(300, 400), (blank(40, 40),)), Settings(image_size=64, scales=2), []
+    bare = deepstyle.planned(pictures, settings).needed
+    assert deepstyle.planned(pictures, settings, bytes_kept=lambda stages: asked.append(stages) or 7 * GB).needed == (
+        bare + 7 * GB
+    )
+    assert [[stage.size for stage in stages] for stages in asked] == [[(32, 42), (64, 85)]]
+
+
 def test_the_plan_counts_the_kernels_lines_that_edge_needs(untrained):
     kernels = on_device(untrained, "edge").values()
     lines = [side for kernel, _ in kernels for side in (*kernel.sides, *kernel.flipped_sides)]

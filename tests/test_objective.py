@@ -11,9 +11,11 @@ from conftest import ONE_THREAD, for_scripts, smooth_picture
 
 import deepstyle
 from deepstyle_support.backend import as_array, import_keras, parts_and_gradient
+from deepstyle_support.cache import Cache
 from deepstyle_support.convolution import convolve, kernel_on_device
-from deepstyle_support.engine import on_device
+from deepstyle_support.engine import Engine, on_device
 from deepstyle_support.images import to_input_space
+from deepstyle_support.memory import Plan
 from deepstyle_support.settings import STYLE_LAYERS
 
 WEIGHTS = {"content_weight": 0.025, "style_weight": 1.0, "total_variation_weight": 1e-5}
@@ -165,3 +167,44 @@ def test_a_flat_picture_is_flat_to_its_border_with_edge_padding_only(untrained):
         found = dict(deepstyle.features(to_input_space(flat), network, ["conv3_1"], "ave"))
         f = np.asarray(found["conv3_1"])
         assert np.allclose(f, f[5, 5], rtol=1e-3, atol=1e-3 * f.max()) == (padding == "edge")
+
+
+def test_only_the_things_that_were_asked_for_last_are_kept():
+    made: list[str] = []
+    cache = Cache(size=2)
+    for key in "abacbab":
+        assert cache.get(key, lambda key=key: made.append(key) or key.upper()) == key.upper()
+    assert made == ["a", "b", "c", "b", "a"]
+
+
+def at_first_stage(photo, style, weights, cache):
+    """The objective of a photo of 32 rows, with an engine that has this cache; the style is shown as it is."""
+    settings = deepstyle.Settings(image_size=32, style_size=32, style_fit="keep")
+    (stage,) = deepstyle.stages_of(deepstyle.Pictures(photo, (style,)), settings)
+    return deepstyle.Objective.at(stage, Engine(Plan(None, 10), weights, cache=cache), deepstyle.Watch())
+
+
+def test_engines_with_one_cache_make_network_and_style_ready_once(untrained, monkeypatch):
+    photos, style, cache, asked = (
+        [smooth_picture(seed, 32, 48) for seed in (1, 3)],
+        smooth_picture(2, 32, 48),
+        Cache(),
+        [],
+    )
+    features = deepstyle.features
+    monkeypatch.setattr(deepstyle, "features", lambda *given: asked.append({*given[2]}) or features(*given))
+    first, second = (at_first_stage(photo, style, untrained, cache) for photo in photos)
+    assert asked == [{"conv5_2"}, {*STYLE_LAYERS}, {"conv5_2"}]
+    for name, target in first.tiled.style.items():
+        np.testing.assert_array_equal(second.tiled.style[name], target)
+    networks = [objective.engine.cache.get("the network", lambda: None) for objective in (first, second)]
+    assert networks[0] is networks[1] is not None
+
+
+def test_a_style_in_other_tiles_is_not_taken_for_the_same(untrained):
+    wide, photos = smooth_picture(2, 32, 200), [smooth_picture(1, 32, columns) for columns in (32, 64)]
+    cache = Cache()
+    _, shared = (at_first_stage(photo, wide, untrained, cache) for photo in photos)
+    alone = deepstyle.Objective(photos[1], wide, weights=untrained)
+    for name, target in alone.tiled.style.items():
+        np.testing.assert_array_equal(shared.tiled.style[name], target)
