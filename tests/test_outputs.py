@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -177,6 +178,22 @@ def test_the_command_names_a_backend_that_is_not_the_usual_one(picture_files, ba
     assert command_in(text).startswith(begins)
 
 
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [
+        (["deepstyle.py"], []),
+        (["examples/large_picture.py", "--workers", "1"], []),
+        (["examples/large_picture.py", "--workers", "2"], ["--workers", "2"]),
+    ],
+)
+def test_workers_that_were_a_program_of_their_own_are_a_flag_of_the_command(program, flags):
+    text = Recipe.of(job_of(["c.png", "s.png", "out"]), Plan(64, 10)).as_text() | {"program": program}
+    del text["workers"]
+    command = command_in(text)
+    assert shlex.split(command) == ["python", "deepstyle.py", "c.png", "s.png", "out", "--tile", "64", *flags]
+    assert command_in(Recipe.from_text(text).as_text()) == command
+
+
 def test_a_picture_that_says_something_else_is_one_line(tmp_path, capsys):
     text = PngInfo()
     text.add_itxt("Software", "deepstyle")
@@ -192,6 +209,35 @@ def test_a_picture_of_a_resumed_run_does_not_claim_that_its_command_makes_it_aga
     assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 2, "--resume") == 0
     said = describe(tmp_path / "a_at_iteration_2.png", capsys)
     assert "comes close to it, not bit for bit" in said
+
+
+def is_exact(path):
+    return json.loads(Image.open(path).info["deepstyle"])["exact"]
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_a_run_short_of_memory_on_the_way_is_neither_made_again_nor_gone_on_with_exactly(
+    picture_files, tmp_path, monkeypatch, short
+):
+    Image.fromarray(smooth_picture(1, 32, 180)).save(picture_files[0])  # wide enough for smaller tiles
+    compute, calls = deepstyle.TiledLoss.parts_and_gradient, itertools.count(1)
+
+    def run_out_once(*given):
+        if next(calls) == 25 and short:  # within the second iteration
+            raise MemoryError
+        return compute(*given)
+
+    monkeypatch.setattr(deepstyle.TiledLoss, "parts_and_gradient", run_out_once)
+    flags = ["--optimizer", "device", "--tile", "off"]
+    assert run_quietly(picture_files, tmp_path / "a", *flags) == 0
+    with np.load(tmp_path / "a_state.npz") as state:
+        assert "by_gradient" in state  # what is known of the curvature is kept all the same
+        assert (str(state["way"]) == "") == short
+    assert run_quietly(picture_files, tmp_path / "a", *flags, "--num_iter", 3, "--resume") == 0
+    with np.load(tmp_path / "a_state.npz") as state:
+        assert (str(state["way"]) == "") == short
+    exact = [is_exact(tmp_path / f"a_at_iteration_{number}.png") for number in (1, 2, 3)]
+    assert exact == [True, not short, not short]
 
 
 @pytest.mark.parametrize("name", ["style.png", "none.png", "text.png"])
