@@ -286,7 +286,7 @@ def test_corrections_are_given_up_before_tiles_get_small(monkeypatch):
     have(monkeypatch, sum(needed_memory(size, 256, 5, settings)) / GB + 0.01)
     plan = plan_memory(size, settings)
     assert plan[:2] == (256, 5)
-    assert "keeps 5 corrections instead of 8" in plan.in_words(settings.history)
+    assert "keeps 5 corrections instead of 8" in plan.describe(settings.history)
 
 
 @pytest.mark.usefixtures("full_network")
@@ -516,7 +516,7 @@ def test_the_network_has_to_fit_on_the_gpu_and_only_the_rest_here(monkeypatch):
     needed = needed_memory(size, None, 10, Settings())
     here = needed.vectors + needed.rest + memory.CUDA  # whose libraries take memory here as well
     assert (plan.needed, plan.on_gpu) == (here, (needed.computing, 80 * GB))
-    assert plan.in_words(10).endswith(f", and {needed.computing / 1e9:.1f} GB on the GPU of 80.0 GB free")
+    assert plan.describe(10).endswith(f", and {needed.computing / 1e9:.1f} GB on the GPU of 80.0 GB free")
     have(monkeypatch, 4, gpu=4)
     plan = plan_memory(size, Settings())
     assert plan.tile
