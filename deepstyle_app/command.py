@@ -97,7 +97,7 @@ def add_manners(group: argparse._ArgumentGroup) -> None:
     earlier.add_argument("--overwrite", action="store_true", help="replace an earlier run; else it is moved aside")
     whole = functools.partial(value_of, int)
     group.add_argument("--workers", metavar="N", type=whole, default=1, help="processes that share the tiles (1)")
-    group.add_argument("--allow_large", action="store_true", help="read pictures over Pillow's limit of pixels")
+    group.add_argument("--allow_large", action="store_true", help="read pictures over Pillow's limit")
     group.add_argument("--quiet", action="store_true", help="say nothing but errors")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     group.add_argument("--version", action="version", version=f"deepstyle {__version__}")

@@ -128,6 +128,10 @@ ROWS = [
     (["good.gif", *RUN[1:], "--animation", "./good.gif"], "'good.gif' is an input, and would be written over"),
     (["--describe", "good.png"], "'good.png' does not say how it was made"),
     (["--describe"], "--describe: expected one argument"),
+    # the run
+    ([*RUN, "--workers", "0"], "--workers is 0; it must be 1 or more"),
+    ([*RUN, "--workers", "two"], "--workers: expected a whole number, not 'two'"),
+    ([*RUN, "--workers", "2", "--tile", "off"], "--tile is off; 2 workers need tiles to share"),
     # pictures
     (["none.jpg", *RUN[1:]], "cannot read the picture 'none.jpg': No such file or directory"),
     ([RUN[0], "none.jpg", RUN[2]], "cannot read the picture 'none.jpg': No such file or directory"),
@@ -291,7 +295,7 @@ def test_other_failures_are_one_line_and_status_1(picture_files, tmp_path, capsy
     def fail(*arguments, **options):
         raise RuntimeError("out of\nluck")
 
-    monkeypatch.setattr(deepstyle.Objective, "__init__", fail)
+    monkeypatch.setattr(deepstyle.Objective, "_prepare", fail)
     command = [*picture_files, str(tmp_path / "a"), *SMALL, "--quiet"]
     assert main(command) == 1
     assert capsys.readouterr().err == "deepstyle: error: RuntimeError: out of luck; --debug shows where\n"
@@ -323,11 +327,11 @@ def test_gradient_that_is_not_finite_names_the_part(untrained):
     x = deepstyle.to_input_space(content)
     whole = objective._two_passes
 
-    def broken(of_tile, x):
-        values, gradient = whole(of_tile, x)
-        if of_tile is objective.of_tile:  # of all parts together, not of one alone
+    def broken(tiled, x):
+        parts, gradient = whole(tiled, x)
+        if tiled is objective.tiled:  # of all parts together, not of one alone
             gradient[3, 4, 1] = np.nan
-        return values, gradient
+        return parts, gradient
 
     objective._two_passes = broken
     with pytest.raises(deepstyle.UserError, match="summed loss is no longer finite"):

@@ -19,9 +19,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import deepstyle
-from deepstyle_app.command import command_line, main
+from deepstyle_app.command import command_line, job_of, main
+from deepstyle_app.ownership import base_path
+from deepstyle_app.recipe import Recipe
 from deepstyle_app.terminal import console_for, progress_bar
-from deepstyle_support.messages import tell
+from deepstyle_support.memory import Plan
+from deepstyle_support.messages import tell, words
 
 SCRIPT = Path(deepstyle.__file__)
 
@@ -75,7 +78,7 @@ def test_help_shows_every_flag_with_its_default(capsys):
         assert f"--{name} " in shown
         if default is not None:
             after = shown.split(f"--{name} ")[1]
-            assert f"({deepstyle.words(default)})" in after.split(" --")[0]
+            assert f"({words(default)})" in after.split(" --")[0]
 
 
 def test_version(capsys):
@@ -183,7 +186,7 @@ def test_what_windows_does_not_have_is_done_without(picture_files, tmp_path, mon
 
 def test_a_prefix_that_ends_in_the_systems_own_separator_is_a_folder(monkeypatch):
     monkeypatch.setattr(os, "sep", "\\")
-    assert deepstyle.base_path("out\\").name == "result_image"
+    assert base_path("out\\").name == "result_image"
 
 
 TERMINALS = (
@@ -285,11 +288,10 @@ def test_who_stops_reading_gets_no_complaint_and_the_same_status(picture_files):
 
 def made_somehow():
     """The text of a picture that says how it was made."""
-    arguments = command_line().parse_args(["c.png", "s.png", "out"])
-    made = deepstyle.how_it_is_made(arguments, deepstyle.Settings(), deepstyle.Plan(None, 10, 0, 0))
+    recipe = Recipe.of(job_of(["c.png", "s.png", "out"]), Plan(None, 10))
     text = PngInfo()
     text.add_itxt("Software", "deepstyle")
-    text.add_itxt("deepstyle", json.dumps(made | {"exact": True, "iteration": 1}))
+    text.add_itxt("deepstyle", json.dumps(recipe.as_text() | {"exact": True, "iteration": 1}))
     return text
 
 

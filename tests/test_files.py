@@ -14,10 +14,11 @@ import deepstyle
 from deepstyle import Settings
 from deepstyle_app import ownership
 from deepstyle_app.command import main
-from deepstyle_app.files import Outputs
 from deepstyle_app.locks import lock_of
-from deepstyle_app.ownership import base_path
+from deepstyle_app.ownership import RunFiles, base_path
+from deepstyle_app.run import what_shapes
 from deepstyle_support.disk import write_whole
+from deepstyle_support.engine import Engine
 from deepstyle_support.images import from_input_space
 
 
@@ -30,8 +31,8 @@ def test_prefix_names_the_files(tmp_path):
     bases = {"out/a": "out/a", "out/": "out/result_image", str(tmp_path / "there"): f"{tmp_path}/there/result_image"}
     for prefix, expected in bases.items():
         base = base_path(prefix)
-        assert str(Outputs(base).picture_path(3)) == f"{expected}_at_iteration_3.png"
-        assert str(Outputs(base).state_path) == f"{expected}_state.npz"
+        assert str(RunFiles(base).picture_path(3)) == f"{expected}_at_iteration_3.png"
+        assert str(RunFiles(base).state_path) == f"{expected}_state.npz"
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -83,7 +84,7 @@ def test_only_files_of_the_same_prefix_are_moved(picture_files, tmp_path):
     for name in others:
         (tmp_path / name).touch()
     (tmp_path / "a_at_iteration_7.png").touch()
-    assert Outputs(tmp_path / "a").clear_the_way(overwrite=False) != ""
+    assert RunFiles(tmp_path / "a").clear_the_way(overwrite=False) != ""
     assert names(tmp_path / "a_earlier_1") == ["a_at_iteration_7.png"]
     assert set(others) < set(names(tmp_path))
 
@@ -92,7 +93,7 @@ def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path):
     unfinished = "a_at_iteration_7.png.0123abcd", "a_state.npz.0123abcd", "a.html.0123abcd", "a_state.npz"  # by 0.2.0
     for name in (*unfinished, "b_at_iteration_7.png.0123abcd"):
         (tmp_path / f".{name}.part").touch()
-    with Outputs(tmp_path / "a", report=tmp_path / "a.html").owned():
+    with RunFiles(tmp_path / "a", report=tmp_path / "a.html").owned():
         assert ".b_at_iteration_7.png.0123abcd.part" in names(tmp_path)
         assert not list(tmp_path.glob(".a*.part"))
 
@@ -168,11 +169,10 @@ def test_a_command_that_is_refused_makes_no_folder(picture_files, tmp_path):
 def test_nothing_is_left_of_folders_for_a_run_that_is_refused(picture_files, tmp_path, monkeypatch, wrong):
     assert run(picture_files, tmp_path / "a", "--num_iter", "1") == 0
 
-    def refuse():
+    def refuse(engine):
         raise deepstyle.UserError("no device")
 
-    monkeypatch.setattr(deepstyle, "HERE", deepstyle.HERE._replace(device=refuse))
-    monkeypatch.setattr(deepstyle.run, "__defaults__", (None, "", deepstyle.HERE))
+    monkeypatch.setattr(Engine, "start", refuse)
     before = sorted(tmp_path.rglob("*"))
     flags = ["--log", str(tmp_path / "new" / "deep" / "a.csv"), "--tensorboard", str(tmp_path / "events")]
     flags += ["--resume", "--seed", "1"] if wrong == "seed" else []
@@ -307,7 +307,7 @@ def test_resume_refuses_other_inputs(picture_files, tmp_path, capfd):
 def test_min_improvement_may_differ_on_resume(untrained):
     pictures = deepstyle.Pictures(smooth_picture(1, 32, 32), (smooth_picture(2, 32, 32),))
     a, b = (
-        deepstyle.what_shapes(pictures, settings, untrained)
+        what_shapes(pictures, settings, untrained)
         for settings in (Settings(), Settings(min_improvement=1.0, num_iter=50))
     )
     assert a == b
@@ -330,16 +330,16 @@ def test_metadata_of_the_inputs_does_not_reach_the_outputs(picture_files, tmp_pa
 
 
 def test_a_disk_without_room_is_noticed_before_the_start(tmp_path, monkeypatch):
-    Outputs(tmp_path / "a").check([], (32, 32))
+    RunFiles(tmp_path / "a").check([], (32, 32))
     monkeypatch.setattr(ownership.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(deepstyle.UserError, match="1000 bytes free"):
-        Outputs(tmp_path / "a").check([], (32, 32))
+        RunFiles(tmp_path / "a").check([], (32, 32))
 
 
 def test_a_folder_that_may_not_be_written_is_noticed_before_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(ownership.os, "access", lambda folder, mode: False)  # root may write everywhere
     with pytest.raises(deepstyle.UserError, match="no permission"):
-        Outputs(tmp_path / "new" / "a").check([], (32, 32))
+        RunFiles(tmp_path / "new" / "a").check([], (32, 32))
 
 
 def as_state_of_0_2_0(path, **changes):

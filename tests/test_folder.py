@@ -4,18 +4,18 @@ import os
 import re
 import shlex
 import signal
-import time
 
 import forked
 import numpy as np
 import psutil
 import pytest
-from conftest import SMALL, pixels, smooth_picture
+from conftest import SMALL, pixels, smooth_picture, wait_for
 from PIL import Image
 
 import deepstyle
-from deepstyle_app import inputs, locks
+from deepstyle_app import folder, inputs, locks, run
 from deepstyle_app.command import main
+from deepstyle_support import engine
 from deepstyle_support.reading import read_picture, shape_of
 
 LAST = "result_image_at_iteration_2.png"
@@ -78,7 +78,7 @@ def test_what_fails_is_told_at_the_end_and_stops_nothing(photos, tmp_path, capsy
     save(photos / "tall.png", 1, 400, 9)
     for hidden in (".DS_Store", "Thumbs.db", "desktop.ini"):
         (photos / hidden).touch()
-    monkeypatch.setattr(deepstyle, "run", only_for(photos / "a.jpg", ValueError("a bug"), deepstyle.run))
+    monkeypatch.setattr(folder, "run", only_for(photos / "a.jpg", ValueError("a bug"), folder.run))
     assert paint(photos) == 1
     out, err = capsys.readouterr()
     assert out.splitlines()[1].startswith("2/7 b c.png: loss ")
@@ -98,20 +98,20 @@ def test_a_page_that_cannot_be_written_is_told_and_stops_nothing(photos, tmp_pat
 
 
 def only_for(path, error, otherwise):
-    def run(arguments, *given):
-        if arguments.content == str(path):
+    def run_one(job, *given):
+        if job.content == str(path):
             raise error
-        return otherwise(arguments, *given)
+        return otherwise(job, *given)
 
-    return run
+    return run_one
 
 
 def test_network_and_style_are_made_ready_once(photos, tmp_path, monkeypatch):
     save(photos / "c.jpg", 4)  # of a.jpg's shape, so the style is shown in the same size
     made: dict[str, list] = {name: [] for name in ("load_weights", "on_device", "read_picture")}
-    for name, calls in made.items():
-        module = inputs if name == "read_picture" else deepstyle
-        monkeypatch.setattr(module, name, noting(calls, getattr(module, name)))
+    for module, name in ((folder, "load_weights"), (run, "load_weights"), (engine, "on_device")):
+        monkeypatch.setattr(module, name, noting(made[name], getattr(module, name)))
+    monkeypatch.setattr(inputs, "read_picture", noting(made["read_picture"], read_picture))
     shown = []
     grams = deepstyle.Objective._grams
     monkeypatch.setattr(deepstyle.Objective, "_grams", lambda *given: shown.append(given[2].shape) or grams(*given))
@@ -130,7 +130,7 @@ def test_resume_computes_only_what_is_not_done(photos, tmp_path, capsys, monkeyp
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(deepstyle, "paint", None)
+        patch.setattr(run, "paint", None)
         assert paint(photos, "--num_iter", "1", "--resume") == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split(", ")[1] for line in lines] == ["done before"] * 2
@@ -222,8 +222,8 @@ def test_a_page_that_another_run_writes_is_left_alone(photos, tmp_path, capsys, 
         assert paint(photos, "--report", "a.html") == 2
     assert f"another run is writing '{page}'" in capsys.readouterr().err
     # One that came, and went, while the network was loaded.
-    load = deepstyle.load_weights
-    monkeypatch.setattr(deepstyle, "load_weights", lambda *given: [load(*given), page.write_text("a run's")][0])
+    load = folder.load_weights
+    monkeypatch.setattr(folder, "load_weights", lambda *given: [load(*given), page.write_text("a run's")][0])
     assert paint(photos, "--report", "a.html") == 2
     assert f"'{page}' is there, and no page of a folder's photos" in capsys.readouterr().err
     assert names(tmp_path / "out") == ["a.html"]
@@ -239,13 +239,11 @@ def test_a_page_goes_where_a_link_leads(photos, tmp_path):
 
 def test_a_signal_ends_the_batch_and_resume_goes_on_within_the_photo(photos, tmp_path):
     command = [photos, tmp_path / "style.png", tmp_path / "out", *SMALL, "--image_size", "40", "--num_iter"]
-    run = forked.start(*command, "100000")
-    while not (tmp_path / "out" / "a.jpg" / LAST).exists():
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.02)
-    run.terminate()
-    _, err = run.communicate(timeout=30)
-    assert run.returncode == 143
+    process = forked.start(*command, "100000")
+    wait_for(tmp_path / "out" / "a.jpg" / LAST, process)
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143
     stopped, summary = err.splitlines()
     assert stopped.startswith("deepstyle: 1/2 a.jpg: stopped")
     assert summary == "deepstyle: 0 of 2 photos are done; the same command with --resume does what is not"
@@ -257,8 +255,8 @@ def test_a_signal_ends_the_batch_and_resume_goes_on_within_the_photo(photos, tmp
 
 
 def test_a_signal_between_two_photos_ends_the_batch(photos, tmp_path, capsys, monkeypatch):
-    run = deepstyle.run
-    monkeypatch.setattr(deepstyle, "run", lambda *given: (run(*given), os.kill(os.getpid(), signal.SIGTERM))[0])
+    run_one = folder.run
+    monkeypatch.setattr(folder, "run", lambda *given: (run_one(*given), os.kill(os.getpid(), signal.SIGTERM))[0])
     assert paint(photos) == 143
     assert "1 of 2 photos are done" in capsys.readouterr().err
     assert names(tmp_path / "out") == ["a.jpg"]
@@ -378,7 +376,7 @@ def test_masks_of_an_absurd_size_do_not_fill_the_memory_before_it_is_refused(pho
 
 def test_free_memory_is_asked_before_the_first_photo_takes_any(photos, monkeypatch):
     asked = []
-    monkeypatch.setattr(deepstyle, "free_memory", lambda cap: asked.append(cap) or (1e11, 0))
+    monkeypatch.setattr(folder, "free_memory", lambda cap: asked.append(cap) or (1e11, 0))
     monkeypatch.setattr("deepstyle_support.memory.free_memory", lambda cap: pytest.fail("asked again"))
     assert paint(photos) == 0
     assert len(asked) == 1
@@ -389,9 +387,9 @@ def test_fifty_photos_of_one_shape_need_no_more_memory_than_five(photos, monkeyp
     for number in range(48):
         save(photos / f"{number}.png", number)
     save(photos / "b c.png")
-    run, memory = deepstyle.run, []
+    run_one, memory = folder.run, []
     monkeypatch.setattr(
-        deepstyle, "run", lambda *given: (run(*given), memory.append(psutil.Process().memory_info().rss))[0]
+        folder, "run", lambda *given: (run_one(*given), memory.append(psutil.Process().memory_info().rss))[0]
     )
     assert paint(photos, "--num_iter", "1") == 0
     assert len(memory) == 50

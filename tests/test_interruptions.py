@@ -14,7 +14,7 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
-from conftest import SMALL, all_threads, wait_for
+from conftest import SMALL, all_threads, evaluation_of, wait_for
 from PIL import Image
 
 import deepstyle
@@ -22,6 +22,7 @@ from deepstyle_app import files
 from deepstyle_app.command import main
 from deepstyle_app.terminal import SAME_STOP
 from deepstyle_support.backend import import_keras
+from deepstyle_support.engine import Engine
 from deepstyle_support.messages import UserError
 
 ROOT = Path(deepstyle.__file__).parent
@@ -334,14 +335,18 @@ class Valley:
 
     def __init__(self, monkeypatch, fails_at=0, error=None):
         self.calls, self.fails_at, self.error = 0, fails_at, error
-        monkeypatch.setattr(deepstyle.Objective, "__init__", lambda itself, content, *given, **options: self.be(itself))
+        monkeypatch.setattr(deepstyle.Objective, "at", lambda stage, engine, watch: self.of(stage))
         monkeypatch.setattr(deepstyle.Objective, "evaluate", lambda itself, x: self.evaluate(x))
         # These take longer than all the rest.
-        monkeypatch.setattr(deepstyle, "load_weights", lambda *given: ({}, "no network"))
-        monkeypatch.setattr(deepstyle, "describe_device", lambda: "none")
+        for module in ("run", "folder"):
+            monkeypatch.setattr(f"deepstyle_app.{module}.load_weights", lambda *given: ({}, "no network"))
+        for name in ("deepstyle_app.folder", "deepstyle_support.engine"):
+            monkeypatch.setattr(f"{name}.describe_device", lambda: "none")
 
-    def be(self, objective):
-        objective.tile = None
+    def of(self, stage):
+        objective = object.__new__(deepstyle.Objective)
+        objective.size = stage.size
+        return objective
 
     def evaluate(self, x):
         self.calls += 1
@@ -351,10 +356,7 @@ class Valley:
         steepness = np.geomspace(1, 1e4, array.size).reshape(array.shape)
         loss, gradient = float(np.sum(steepness * array**2)), 2 * steepness * array
         is_array = isinstance(x, np.ndarray)
-        return deepstyle.Evaluation(
-            {"total variation": loss},
-            gradient if is_array else import_keras().ops.convert_to_tensor(gradient, "float32"),
-        )
+        return evaluation_of(loss, gradient if is_array else import_keras().ops.convert_to_tensor(gradient, "float32"))
 
 
 ERRORS = (MemoryError("on purpose"), UserError("on purpose", 1), RuntimeError("on purpose"), KeyboardInterrupt())
@@ -554,13 +556,9 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(heeded, picture_fi
 
 def test_a_stop_before_the_painting_touches_nothing(heeded, picture_files, tmp_path, monkeypatch, capfd):
     Valley(monkeypatch)
-    stopped_there = deepstyle.Computing(device=lambda: os.kill(os.getpid(), signal.SIGTERM))
-
-    def run(arguments, settings):
-        return deepstyle.run(arguments, settings, computing=stopped_there)
-
+    monkeypatch.setattr(Engine, "start", lambda engine: os.kill(os.getpid(), signal.SIGTERM))
     before = sorted(tmp_path.iterdir())
-    assert main([*picture_files, str(tmp_path / "a"), *FULL], run_one=run) == 143
+    assert main([*picture_files, str(tmp_path / "a"), *FULL]) == 143
     assert capfd.readouterr().err == "deepstyle: stopped before the painting began\n"
     assert sorted(tmp_path.iterdir()) == before
 

@@ -2,18 +2,26 @@
 
 import contextlib
 import csv
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import run, smooth_picture
 from PIL import Image
 
 import deepstyle
 from deepstyle_app import terminal
+from deepstyle_app.command import job_of
 from deepstyle_app.files import Outputs
 from deepstyle_app.outputs import iterations_in_events, write_animation
-from deepstyle_app.report import read_report
+from deepstyle_app.ownership import RunFiles
+from deepstyle_app.recipe import Recipe, read_text
+from deepstyle_app.report import encoded, read_report
+from deepstyle_support.images import resize, to_input_space
+from deepstyle_support.memory import Plan
+from deepstyle_support.rounding import computed_with
 
 EXTRAS = {"--log": "a.csv", "--tensorboard": "events", "--report": "a.html", "--animation": "a.gif"}
 COARSE = ["--image_size", "64", "--scales", "2", "--coarse_iter", "2"]
@@ -43,7 +51,7 @@ def contents(folder):
 def stopped_at(monkeypatch):
     """A function that lets the next run be stopped at this evaluation."""
     received: list[int] = []
-    monkeypatch.setattr(deepstyle, "signals_as_wishes", lambda *given: contextlib.nullcontext(received))
+    monkeypatch.setattr("deepstyle_app.run.signals_as_requests", lambda *given: contextlib.nullcontext(received))
     evaluate, left = deepstyle.Objective.evaluate, [0]
 
     def count(self, x):
@@ -98,7 +106,7 @@ def test_each_of_them_alone_is_made_and_stays_the_runs_own(picture_files, tmp_pa
 def test_what_a_kill_after_the_last_state_left_out_is_made(picture_files, tmp_path, monkeypatch, goes_on):
     with monkeypatch.context() as killed:
         write = Outputs._write_extras
-        killed.setattr(Outputs, "_write_extras", lambda self, one: one.number == 1 and write(self, one))
+        killed.setattr(Outputs, "_write_extras", lambda self, one, exact: one.number == 1 and write(self, one, exact))
         killed.setattr(Outputs, "finish", lambda self: [])
         assert run(picture_files, tmp_path / "a", *extras(tmp_path)) == 0
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
@@ -140,7 +148,7 @@ def test_of_many_iterations_those_that_a_report_does_not_show_are_not_missed(
     picture_files, tmp_path, capfd, monkeypatch
 ):
     for module in ("files", "report"):
-        monkeypatch.setattr(f"deepstyle_app.{module}.MOST_PICTURES", 3)
+        monkeypatch.setattr(f"deepstyle_app.{module}.MAX_PICTURES", 3)
     flags = ["--report", tmp_path / "a.html", "--every", 9]
     assert run(picture_files, tmp_path / "a", *flags, "--num_iter", 5) == 0
     assert [one.number for one in read_report(tmp_path / "a.html")[0]] == [0, 2, 4, 5]
@@ -224,7 +232,7 @@ def test_the_picture_so_far_is_that_of_the_state_after_a_kill_too(picture_files,
 
 
 def state(size, losses, partial=False):
-    return deepstyle.State(np.zeros((*size, 3)), np.ones((losses, 4)), {}, 20, partial)
+    return deepstyle.State(np.zeros((*size, 3)), (deepstyle.Losses(1.0, 1.0, 1.0, 1.0),) * losses, 20, partial)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +250,10 @@ def test_a_stop_says_what_is_saved(before, said):
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "mp4"])
 def test_an_animation_is_of_a_run_that_has_a_state(tmp_path, kind):
-    outputs = Outputs(tmp_path / "a", animation=tmp_path / f"a.{kind}")
-    outputs.begin(lambda: np.zeros((32, 32, 3), np.uint8), {(32, 32): 1}, None, {}, {})
+    job = job_of(["c.png", "s.png", f"{tmp_path}/a", "--animation", f"{tmp_path}/a.{kind}", "--image_size", "32"])
+    pictures = deepstyle.Pictures(smooth_picture(1, 32, 32), (smooth_picture(2, 32, 32),))
+    outputs = Outputs(RunFiles.of(job), deepstyle.stages_of(pictures, job.settings), {}, None, pytest.fail)
+    outputs.begin(Recipe.of(job, Plan(None, 10)))
     assert outputs.finish() == []
     assert list(tmp_path.iterdir()) == []
 
@@ -294,3 +304,126 @@ def test_an_earlier_versions_animation_is_gone_on_with(picture_files, tmp_path):
     as_by_an_earlier_version(tmp_path / "a_state.npz")
     assert run(picture_files, tmp_path / "a", "--animation", tmp_path / "a.gif", "--resume", "--num_iter", 3) == 0
     assert Image.open(tmp_path / "a.gif").n_frames == 4
+
+
+# What the version before the command had modules of its own wrote of a run like those above, but with a curvature.
+SHAPED_BY = {
+    "--image_size": "32",
+    "--maintain_aspect_ratio": "True",
+    "--init_image": "content",
+    "--preserve_color": "False",
+    "--rescale_image": "False",
+    "--rescale_method": "bilinear",
+    "--content_weight": "0.025",
+    "--content_layer": "conv5_2",
+    "--content_loss_type": "0",
+    "--style_weight": "1.0",
+    "--style_scale": "1.0",
+    "--style_size": "0",
+    "--style_fit": "stretch",
+    "--style_layers": "conv1_1 conv2_1 conv3_1 conv4_1 conv5_1",
+    "--style_layer_weights": "1.0",
+    "--total_variation_weight": "1e-05",
+    "--model": "vgg16",
+    "--pool_type": "ave",
+    "--padding": "zeros",
+    "--scales": "1",
+    "--coarse_iter": "5",
+    "--seed": "0",
+}
+LOSSES = [[900.0, 0.0, 700.0, 200.0], [500.0, 100.0, 300.0, 100.0]]  # at the start, and after the first iteration
+COLUMNS = "rows,columns,iteration,evaluations,seconds,loss,content conv5_2,style conv1_1,style conv2_1,style conv3_1,"
+LOG = [f"{COLUMNS}style conv4_1,style conv5_1,total variation", "32,42,1,20,1.5,500.0,100.0,60,60,60,60,60,100.0"]
+OLD_RUN = "0123456789abcdef0123456789abcdef"
+OLD_PAGE = """<!doctype html>
+<html lang="en">
+<meta name="deepstyle-run" content="{run}">
+<figure class="iteration" data-place="0.0" hidden>
+<img src="data:image/webp;base64,{picture}" alt="the picture, the start">
+</figure>
+<figure class="iteration" data-place="100.0">
+<img src="data:image/webp;base64,{picture}" alt="the picture, iteration 1 of 1">
+</figure>
+<script type="application/json" id="saved">{saved}</script>
+</html>"""
+
+
+def digest_of(*held):
+    digest = hashlib.sha256()
+    for one in held:
+        digest.update(one)
+    return digest.hexdigest()
+
+
+def written_by_the_version_before(folder, inputs, weights, computed):
+    """Write the state, the log and the report of a first iteration; returns what the state holds.
+
+    computed: all that decides how sums are rounded, in words.
+    """
+    pictures = [np.asarray(Image.open(path)) for path in inputs]
+    start = resize(pictures[0], (32, 42))
+    shaped_by = dict(SHAPED_BY)
+    for name, picture in zip(("content", "style"), pictures, strict=True):
+        shaped_by[f"the {name} picture's SHA-256"] = digest_of(repr(picture.shape).encode(), picture.tobytes())
+    shaped_by["the weights' SHA-256"] = digest_of(*(array.tobytes() for pair in weights.values() for array in pair))
+    step = np.full((32, 42, 3), 0.001, np.float32)
+    state = {
+        "x": to_input_space(start).astype(np.float32),
+        "losses": np.array(LOSSES),
+        "iteration": 1,
+        "evaluations": 20,
+        "partial": False,
+        "shaped_by": json.dumps(shaped_by),
+        "extras": json.dumps(["a.csv", "a.html"]),
+        "base": str(folder / "a"),
+        "run": OLD_RUN,
+        "log": np.frombuffer("\n".join(LOG).encode(), np.uint8),
+        "way": f"device with 10 corrections, tile None, {computed}",
+        "step_0": step,
+        "change_0": 1000 * step,
+        "by_changes": np.array([[[1e-3]], [[1.0]]]) * step.size,
+        "by_gradient": np.zeros((2, 1)),
+    }
+    np.savez(folder / "a_state.npz", **state)
+    (folder / "a.csv").write_text("\n".join([*LOG, ""]))
+    shown: list[dict] = [
+        {"number": 0, "evaluations": 0, "losses": [], "improvement": 0.0, "seconds": 0.0},
+        {"number": 1, "evaluations": 20, "losses": LOSSES[1], "improvement": 44.4, "seconds": 1.5},
+    ]
+    points = [[32, 42, count, *losses] for count, losses in ((1, LOSSES[0]), (9, [600.0] * 4), (20, LOSSES[1]))]
+    shown = [one | {"size": [32, 42], "partial": False, "picture": ""} for one in shown]
+    saved = json.dumps({"points": points, "shown": shown})
+    (folder / "a.html").write_text(OLD_PAGE.format(run=OLD_RUN, picture=encoded(start, 42), saved=saved))
+    return state
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["computed alike", "computed otherwise"])
+def test_what_the_version_before_wrote_is_gone_on_with(picture_files, tmp_path, capfd, untrained, same):
+    computed = ", ".join(computed_with("tensorflow", deepstyle.__version__).values())
+    state = written_by_the_version_before(tmp_path, picture_files, untrained, computed if same else "elsewhere")
+    before = read_report(tmp_path / "a.html")
+    assert [one.number for one in before[0]] == [0, 1]
+    flags = ["--optimizer", "device", "--log", tmp_path / "a.csv", "--report", tmp_path / "a.html"]
+    assert run(picture_files, tmp_path / "a", *flags, "--resume") == 0
+    said, told = capfd.readouterr()
+    assert said.startswith("going on after iteration 1\n")
+    assert told == ""
+    shown, points = read_report(tmp_path / "a.html")
+    assert [one.number for one in shown] == [0, 1, 2]
+    assert shown[:2] == before[0]
+    assert {key: points[key] for key in before[1]} | {((32, 42), 20): LOSSES[1]} == before[1]
+    rows = (tmp_path / "a.csv").read_text().splitlines()
+    assert rows[:2] == LOG
+    assert [row.split(",")[2:4] for row in rows[2:]] == [["2", "40"]]
+    text = read_text(str(tmp_path / "a_at_iteration_2.png"))
+    assert text["exact"] is same
+    assert text["the weights' SHA-256"] == json.loads(state["shaped_by"])["the weights' SHA-256"]
+    # It is written as that version wrote it, which can go on with it as well.
+    with np.load(tmp_path / "a_state.npz") as now:
+        added = {name for name in now if name.startswith(("step_", "change_"))}
+        assert {*now} - added == {*state} - {"step_0", "change_0"}
+        assert {"step_0", "change_0"} <= added
+        for name in ("shaped_by", "extras", "base", "run"):
+            assert str(now[name]) == state[name]
+        assert str(now["way"]) == (state["way"] if same else "")
+        np.testing.assert_array_equal(now["losses"][:2], LOSSES)

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -23,11 +24,14 @@ from PIL.PngImagePlugin import PngInfo
 import deepstyle
 from deepstyle import Pictures, Settings
 from deepstyle_app import ownership
-from deepstyle_app.command import command_line, main
+from deepstyle_app.command import command_line, job_of, main
 from deepstyle_app.outputs import write_animation, write_log
-from deepstyle_app.recipe import command_again
+from deepstyle_app.recipe import Recipe
 from deepstyle_support.colours import colours, match_colours, with_colours
 from deepstyle_support.images import from_input_space, resize
+from deepstyle_support.memory import Plan
+from deepstyle_support.pictures import read_start
+from deepstyle_support.settings import STYLE_LAYERS
 
 
 def write_mask(path, size=(48, 64)):
@@ -97,15 +101,18 @@ HOSTILE = [
 HOSTILE += ["caf\udce9.png", "-\udcff\n", "100%\\n!\udcff'", "\x1b[31m", "日本.png", "é\u3000é", "\U0001f600"]
 
 
+def command_in(text, encoding="utf-8"):
+    """The command that a picture's text stands for, once it has been through a file."""
+    return Recipe.from_text(json.loads(json.dumps(text))).command(dataclasses.asdict(Settings()), encoding)
+
+
 def commands_of_hostile_names(encoding):
     """For each name the command of a run whose files are all called so."""
-    defaults = dataclasses.asdict(Settings())
-    settings = {name: defaults | {"init_image": name, "weights": name} for name in HOSTILE}
     for name in HOSTILE:
-        made: dict = {"pictures": [name, name], "prefix": name}
-        made |= {"masks": {"content_mask": name, "style_masks": [name, name]}}
-        made |= {"settings": settings[name], "allow_large": False, "backend": "tensorflow"}
-        yield command_again(json.loads(json.dumps(made)), defaults, encoding)
+        settings = dataclasses.asdict(Settings()) | {"init_image": name, "weights": name}
+        text: dict = {"settings": settings, "pictures": [name, name], "prefix": name}
+        text |= {"masks": {"content_mask": name, "style_masks": [name, name]}}
+        yield command_in(text | {"allow_large": False, "backend": "tensorflow"}, encoding)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
@@ -155,13 +162,11 @@ def test_describe_writes_no_line_or_escape_code_of_a_name(tmp_path, capsys):
 
 
 def test_the_command_has_the_plan_that_was_made_and_not_the_memory_it_was_made_for(picture_files):
-    arguments = command_line().parse_args([*picture_files, "out", "--max_memory", "3", "--allow_large"])
-    plan = deepstyle.Plan(tile=512, history=7, needed=0, free=0)
-    made = deepstyle.how_it_is_made(arguments, Settings(max_memory=3), plan)
-    command = command_again(json.loads(json.dumps(made)), dataclasses.asdict(Settings()))
-    assert command.endswith(" out --history 7 --tile 512 --allow_large")
-    made = deepstyle.how_it_is_made(arguments, Settings(min_improvement=5.0), plan)
-    assert "min_improvement" not in command_again(made, dataclasses.asdict(Settings()))  # it made no picture
+    plan = Plan(tile=512, history=7)
+    recipe = Recipe.of(job_of([*picture_files, "out", "--max_memory", "3", "--allow_large"]), plan)
+    assert command_in(recipe.as_text()).endswith(" out --history 7 --tile 512 --allow_large")
+    recipe = Recipe.of(job_of([*picture_files, "out", "--min_improvement", "5"]), plan)
+    assert "min_improvement" not in command_in(recipe.as_text())  # it made no picture
 
 
 @pytest.mark.parametrize(
@@ -169,9 +174,24 @@ def test_the_command_has_the_plan_that_was_made_and_not_the_memory_it_was_made_f
     [("tensorflow", "python deepstyle.py "), ("jax", "env KERAS_BACKEND=jax python deepstyle.py ")],
 )
 def test_the_command_names_a_backend_that_is_not_the_usual_one(picture_files, backend, begins):
-    arguments = command_line().parse_args([*picture_files, "out"])
-    made = deepstyle.how_it_is_made(arguments, Settings(), deepstyle.Plan(None, 10, 0, 0)) | {"backend": backend}
-    assert command_again(made, dataclasses.asdict(Settings())).startswith(begins)
+    text = Recipe.of(job_of([*picture_files, "out"]), Plan(None, 10)).as_text() | {"backend": backend}
+    assert command_in(text).startswith(begins)
+
+
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [
+        (["deepstyle.py"], []),
+        (["examples/large_picture.py", "--workers", "1"], []),
+        (["examples/large_picture.py", "--workers", "2"], ["--workers", "2"]),
+    ],
+)
+def test_workers_that_were_a_program_of_their_own_are_a_flag_of_the_command(program, flags):
+    text = Recipe.of(job_of(["c.png", "s.png", "out"]), Plan(64, 10)).as_text() | {"program": program}
+    del text["workers"]
+    command = command_in(text)
+    assert shlex.split(command) == ["python", "deepstyle.py", "c.png", "s.png", "out", "--tile", "64", *flags]
+    assert command_in(Recipe.from_text(text).as_text()) == command
 
 
 def test_a_picture_that_says_something_else_is_one_line(tmp_path, capsys):
@@ -189,6 +209,35 @@ def test_a_picture_of_a_resumed_run_does_not_claim_that_its_command_makes_it_aga
     assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 2, "--resume") == 0
     said = describe(tmp_path / "a_at_iteration_2.png", capsys)
     assert "comes close to it, not bit for bit" in said
+
+
+def is_exact(path):
+    return json.loads(Image.open(path).info["deepstyle"])["exact"]
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_a_run_short_of_memory_on_the_way_is_neither_made_again_nor_gone_on_with_exactly(
+    picture_files, tmp_path, monkeypatch, short
+):
+    Image.fromarray(smooth_picture(1, 32, 180)).save(picture_files[0])  # wide enough for smaller tiles
+    compute, calls = deepstyle.TiledLoss.parts_and_gradient, itertools.count(1)
+
+    def run_out_once(*given):
+        if next(calls) == 25 and short:  # within the second iteration
+            raise MemoryError
+        return compute(*given)
+
+    monkeypatch.setattr(deepstyle.TiledLoss, "parts_and_gradient", run_out_once)
+    flags = ["--optimizer", "device", "--tile", "off"]
+    assert run_quietly(picture_files, tmp_path / "a", *flags) == 0
+    with np.load(tmp_path / "a_state.npz") as state:
+        assert "by_gradient" in state  # what is known of the curvature is kept all the same
+        assert (str(state["way"]) == "") == short
+    assert run_quietly(picture_files, tmp_path / "a", *flags, "--num_iter", 3, "--resume") == 0
+    with np.load(tmp_path / "a_state.npz") as state:
+        assert (str(state["way"]) == "") == short
+    exact = [is_exact(tmp_path / f"a_at_iteration_{number}.png") for number in (1, 2, 3)]
+    assert exact == [True, not short, not short]
 
 
 @pytest.mark.parametrize("name", ["style.png", "none.png", "text.png"])
@@ -247,7 +296,7 @@ def test_the_log_has_a_row_of_losses_for_each_iteration(picture_files, tmp_path)
     assert run_quietly(picture_files, tmp_path / "a", "--log", path) == 0
     rows = rows_of(path)
     assert [row["iteration"] for row in rows] == ["1", "2"]
-    names = ["content conv5_2", *(f"style {layer}" for layer in deepstyle.STYLE_LAYERS), "total variation"]
+    names = ["content conv5_2", *(f"style {layer}" for layer in STYLE_LAYERS), "total variation"]
     assert list(rows[0]) == ["rows", "columns", "iteration", "evaluations", "seconds", "loss", *names]
     with np.load(tmp_path / "a_state.npz") as state:
         for row, losses in zip(rows, state["losses"][1:], strict=True):
@@ -434,16 +483,11 @@ def test_a_grey_style_is_not_blown_up_to_noise():
     assert np.abs(matched[0, 0].astype(int) - matched[0, 1]).max() < 60
 
 
-def test_match_recolours_the_styles_and_leaves_the_result_alone(untrained):
-    shown = []
+def test_match_recolours_the_styles_and_leaves_the_result_alone():
     pictures = Pictures(smooth_picture(1, 40, 40), (smooth_picture(2, 40, 40),))
     settings = Settings(image_size=40, preserve_color="match")
-
-    def make(content, styles, **options):
-        shown.extend(styles)
-
-    deepstyle.objective_at((40, 40), pictures, settings, untrained, None, make=make)
-    np.testing.assert_array_equal(shown[0], match_colours(pictures.styles[0], pictures.content))
+    (stage,) = deepstyle.stages_of(pictures, settings)
+    np.testing.assert_array_equal(stage.shown().styles[0], match_colours(pictures.styles[0], pictures.content))
     x = deepstyle.to_input_space(pictures.styles[0])
     np.testing.assert_array_equal(deepstyle.finish(x, pictures.content, settings), pictures.styles[0])
 
@@ -466,16 +510,21 @@ def test_the_contents_colours_are_kept_where_the_color_mask_is():
     np.testing.assert_array_equal(picture[:, 20:], kept[:, 20:])
 
 
+def start_of(pictures, settings):
+    """The picture that the painting begins with, of full size."""
+    return from_input_space(deepstyle.stages_of(pictures, settings)[-1].start())
+
+
 def test_a_run_can_begin_with_grey_or_with_a_picture(picture_files, tmp_path):
     content, _ = deepstyle.read_picture(picture_files[0])
     pictures = Pictures(content, (content,))
-    start = from_input_space(deepstyle.start_picture(pictures, (32, 42), Settings(init_image="gray")))
+    start = start_of(pictures, Settings(init_image="gray", image_size=32))
     grey = np.asarray(Image.fromarray(content).convert("L").resize((42, 32), Image.Resampling.BILINEAR))
     for channel in range(3):
         np.testing.assert_allclose(start[..., channel].astype(int), grey, atol=1)
     settings = Settings(init_image=picture_files[1], image_size=32, weights="random", num_iter=1)
-    pictures = Pictures(content, (content,), start=deepstyle.read_start(settings))
-    start = from_input_space(deepstyle.start_picture(pictures, (32, 42), settings))
+    pictures = Pictures(content, (content,), start=read_start(settings))
+    start = start_of(pictures, settings)
     np.testing.assert_array_equal(start, resize(deepstyle.read_picture(picture_files[1])[0], (32, 42)))
 
 
@@ -488,7 +537,7 @@ def test_recolored_is_the_content_with_the_mixed_colours_of_the_styles():
     other = other // 4 + 120
     pictures = Pictures(content, (one, other))
     settings = Settings(image_size=60, init_image="recolored", style_weight=(3.0, 1.0))
-    start = from_input_space(deepstyle.start_picture(pictures, (60, 50), settings)).reshape(-1, 3).astype(float)
+    start = start_of(pictures, settings).reshape(-1, 3).astype(float)
     mixed = np.concatenate([one.reshape(-1, 3)] * 3 + [other.reshape(-1, 3)]).astype(float)
     np.testing.assert_allclose(start.mean(0), mixed.mean(0), atol=3)  # what is clipped moves it
     np.testing.assert_allclose(np.cov(start.T), np.cov(mixed.T), atol=0.1 * np.cov(mixed.T).max())
@@ -500,9 +549,7 @@ def test_recolored_gives_each_region_the_colours_of_its_own_style():
     left, right = np.zeros((2, 40, 60), np.uint8)
     left[:, :20], right[:, 20:40] = 255, 255
     pictures = Pictures(content, (one, other), (left, right))
-    start = from_input_space(
-        deepstyle.start_picture(pictures, (40, 60), Settings(image_size=40, init_image="recolored"))
-    )
+    start = start_of(pictures, Settings(image_size=40, init_image="recolored"))
     for part, style in ((slice(0, 20), one), (slice(20, 40), other)):
         np.testing.assert_array_equal(start[:, part], match_colours_of_region(content[:, part], style))
     np.testing.assert_array_equal(start[:, 40:], content[:, 40:])  # where no mask is
@@ -544,12 +591,10 @@ def test_resume_refuses_another_mask(picture_files, tmp_path, capsys):
 
 
 def test_the_command_has_every_flag_that_is_not_its_default_if_it_is_0_or_false():
-    arguments = command_line().parse_args(["c.png", "s.png", "out"])
     falsy = {"maintain_aspect_ratio": False, "total_variation_weight": 0.0, "content_weight": 0.0}
-    made = deepstyle.how_it_is_made(arguments, Settings(**falsy), deepstyle.Plan(None, 10, 0, 0))
-    command = command_again(json.loads(json.dumps(made)), dataclasses.asdict(Settings()))
-    parsed = command_line().parse_args(shlex.split(command)[2:])
-    assert {name: getattr(parsed, name) for name in falsy} == falsy
+    job = dataclasses.replace(job_of(["c.png", "s.png", "out"]), settings=Settings(**falsy))
+    parsed = job_of(shlex.split(command_in(Recipe.of(job, Plan(None, 10)).as_text()))[2:])
+    assert {name: getattr(parsed.settings, name) for name in falsy} == falsy
 
 
 def test_an_animation_of_a_resumed_run_has_the_pictures_up_to_its_state(picture_files, tmp_path):

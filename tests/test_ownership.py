@@ -5,12 +5,12 @@ import os
 import numpy as np
 import pytest
 
-from deepstyle import State
+from deepstyle import Losses, State
 from deepstyle_app.ownership import RunFiles, base_path
-from deepstyle_app.state import Record, write_state
+from deepstyle_app.state import Record, Saved, write_state
 from deepstyle_support.messages import UserError
 
-STATE = State(np.zeros((4, 5, 3)), np.ones((2, 4)), {}, 20, False)
+SAVED = Saved(State(np.zeros((4, 5, 3)), (Losses(1.0, 1.0, 1.0, 1.0),) * 2, 20), {})
 ROWS = ["rows,columns,iteration,evaluations,seconds,loss", "4,5,1,9,0.123,7.5", "4,5,1,20,0.456,6.5"]
 
 
@@ -20,7 +20,7 @@ def names(folder):
 
 def left(base, record):
     """The files of a run that wrote what the record says."""
-    write_state(base.with_name(f"{base.name}_state.npz"), base, STATE, record)
+    write_state(base.with_name(f"{base.name}_state.npz"), base, SAVED, record)
     return RunFiles(base)
 
 

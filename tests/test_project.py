@@ -13,7 +13,8 @@ from conftest import IMAGES
 from PIL import Image
 
 import deepstyle
-from deepstyle_app.command import command_line
+from deepstyle_app.command import command_line, job_of
+from deepstyle_support.messages import words
 
 ROOT = IMAGES.parent
 README = (ROOT / "README.md").read_text()
@@ -26,9 +27,7 @@ def test_the_readmes_table_has_every_flag_with_its_default():
     flags = {name: value for name, value in defaults.items() if name not in ("content", "style", "prefix")}
     assert flags.keys() == table.keys()
     for name, value in flags.items():
-        assert table[name] == (
-            "" if value is None or name not in vars(deepstyle.Settings()) else deepstyle.words(value)
-        )
+        assert table[name] == ("" if value is None or name not in vars(deepstyle.Settings()) else words(value))
 
 
 @pytest.mark.parametrize(("page", "pictures"), [("README.md", 7), ("docs/looks.md", 18)])
@@ -43,14 +42,13 @@ def test_the_commands_beside_the_pictures_are_right():
     commands = re.findall(r"^    sh run.sh (.*)$", LOOKS, re.MULTILINE)
     assert len(commands) >= 17
     for command in commands:
-        arguments = command_line().parse_args(shlex.split(command))
-        settings = deepstyle.Settings(**{name: getattr(arguments, name) for name in vars(deepstyle.Settings())})
-        given = [arguments.content, *arguments.style]
-        masks = [*arguments.style_masks, arguments.content_mask, arguments.color_mask]
+        job = job_of(shlex.split(command))
+        given = [job.content, *job.style]
+        masks = [*job.style_masks, job.content_mask, job.color_mask]
         paths = [ROOT / "images" / name for name in given] + [ROOT / name for name in masks if name]
         assert all(path.exists() for path in paths)
-        assert settings.image_size == 200
-        assert f"](looks/{Path(arguments.prefix).name}." in LOOKS
+        assert job.settings.image_size == 200
+        assert f"](looks/{Path(job.prefix).name}." in LOOKS
 
 
 def test_requirements_name_every_package_that_the_program_imports():

@@ -1,7 +1,7 @@
 """The report: one file that shows a run, in any browser, without a server."""
 
 import base64
-import functools
+import dataclasses
 import html
 import io
 import json
@@ -17,11 +17,12 @@ from conftest import SMALL, run_quietly
 from PIL import Image
 
 import deepstyle
-from deepstyle import State
-from deepstyle_app import report
-from deepstyle_app.command import command_line, main
-from deepstyle_app.recipe import command_again, read_made
-from deepstyle_app.report import MOST_PICTURES, Shown, encoded, plot, points_before, read_report, thinned
+from deepstyle import Losses, State
+from deepstyle_app import report, run
+from deepstyle_app.command import job_of
+from deepstyle_app.recipe import Recipe, read_text
+from deepstyle_app.report import MAX_PICTURES, Shown, encoded, plot, points_before, read_report, thinned
+from deepstyle_support.memory import Plan, plan_memory
 
 
 def decoded(picture):
@@ -59,17 +60,16 @@ def test_the_page_has_the_inputs_the_iterations_and_the_losses(picture_files, tm
     assert counts == list(range(1, shown[-1].evaluations + 1))
     for total, *parts in points.values():
         assert total == pytest.approx(sum(parts))
-    made = read_made(str(tmp_path / "a_at_iteration_2.png"))
-    command = command_again(made, deepstyle.dataclasses.asdict(deepstyle.Settings()))
+    recipe = Recipe.from_text(read_text(str(tmp_path / "a_at_iteration_2.png")))
     said = html.unescape(re.sub("<[^>]*>", "", re.search(r"<pre.*?</pre>", page, re.DOTALL)[0]))
-    assert said == command
+    assert said == recipe.command(dataclasses.asdict(deepstyle.Settings()))
     for name in vars(deepstyle.Settings()):
         assert f"<dt>{name}</dt>" in page
 
 
 def test_what_was_tried_behind_the_state_that_is_gone_on_from_is_not_in_the_plot():
     coarse, full, losses = (32, 40), (64, 80), [4.0, 1.0, 2.0, 1.0]
-    state = State(np.zeros((*full, 3)), np.array([losses, losses]), {}, evaluations=25, partial=True)
+    state = State(np.zeros((*full, 3)), (Losses(*losses),) * 2, evaluations=25, partial=True)
     tried = {(size, count): losses for size in (coarse, full) for count in range(1, 29)}
     kept = points_before(tried, {(coarse, 28): losses, (full, 20): losses}, state)
     assert list(kept) == [(coarse, count) for count in range(1, 29)] + [(full, count) for count in range(1, 26)]
@@ -93,8 +93,8 @@ def test_only_the_new_picture_is_encoded(picture_files, tmp_path, monkeypatch):
 def test_the_page_is_whole_after_each_iteration(picture_files, tmp_path, monkeypatch):
     path, pages, add = tmp_path / "a.html", [], report.Report.add
 
-    def look(self, iteration):
-        add(self, iteration)
+    def look(self, iteration, exact):
+        add(self, iteration, exact)
         pages.append(path.read_text())
 
     monkeypatch.setattr(report.Report, "add", look)
@@ -179,8 +179,8 @@ def test_the_plot_has_each_loss_at_its_place():
 def test_very_many_iterations_are_thinned_evenly_and_the_last_is_there():
     kept: list = []
     for number in range(1000):
-        kept = thinned([*kept, number], MOST_PICTURES, [*kept, number])
-        assert len(kept) <= MOST_PICTURES + 2
+        kept = thinned([*kept, number], MAX_PICTURES, [*kept, number])
+        assert len(kept) <= MAX_PICTURES + 2
     assert kept == [*range(0, 1000, 32), 999]
 
 
@@ -189,17 +189,14 @@ def test_ten_iterations_at_400_rows_are_below_5_mb(tmp_path):
     noise = np.random.default_rng(0).normal(128, 40, (12, 400, 600, 3))
     smoothed = [(one + np.roll(one, 1, 0) + np.roll(one, 1, 1)) / 3 for one in noise]
     hard = [np.clip(one, 0, 255).astype(np.uint8) for one in smoothed]
-    made = deepstyle.how_it_is_made(
-        command_line().parse_args(["c.png", "s.png", "out"]), deepstyle.Settings(), deepstyle.Plan(None, 9, 0, 0)
-    )
-    defaults = deepstyle.dataclasses.asdict(deepstyle.Settings())
-    facts = report.facts_of(made, defaults, {"content": hard[11], "style": hard[10]}, 600)
+    recipe = Recipe.of(job_of(["c.png", "s.png", "out"]), Plan(None, 9))
+    facts = report.facts_of(recipe, {"content": hard[11], "style": hard[10]}, 600)
     losses = [123456.789123, 1234.56789123, 120000.123456, 2000.123456]
     shown = [Shown((400, 600), n, 20 * n, losses, 1.0, 1.0, False, encoded(hard[n], report.SIDE)) for n in range(10)]
     points = {((400, 600), count): losses for count in range(1, 201)}
     page = report.Report(tmp_path / "a.html", facts, {(400, 600): 10}, shown, points)
-    state = deepstyle.State(hard[10], np.array([losses] * 11), {}, 200, False)
-    page.add(deepstyle.Iteration._make([10, hard[10], hard[10], *losses, 1.0, 1.0, 200, {}, True, False, state]))
+    state = State(hard[10], (Losses(*losses),) * 11, 200)
+    page.add(deepstyle.Iteration(10, hard[10], hard[10], Losses(*losses), {}, 1.0, 1.0, False, state), exact=True)
     assert len(read_report(page.path)[0]) == 11
     assert page.path.stat().st_size < 5e6
     assert page.path.stat().st_size <= report.held_for_report((400, 600), 11)
@@ -264,17 +261,16 @@ def test_an_input_is_not_written_over(picture_files, tmp_path, capsys):
     assert "is an input, and would be written over" in capsys.readouterr().err
 
 
-def test_the_plan_counts_the_report(picture_files, tmp_path):
+def test_the_plan_counts_the_report(picture_files, tmp_path, monkeypatch):
     held = []
 
-    def look(size, settings, bytes_held, *given):
+    def look(size, settings, bytes_held, **more):
         held.append(bytes_held)
-        return deepstyle.plan_memory(size, settings, bytes_held, *given)
+        return plan_memory(size, settings, bytes_held, **more)
 
-    for flags in ([], ["--report", str(tmp_path / "a.html")]):
-        argv = [*picture_files, str(tmp_path / "a"), *SMALL, "--quiet", "--num_iter", "1", *flags]
-        computing = deepstyle.HERE._replace(plan=look)
-        assert main(argv, run_one=functools.partial(deepstyle.run, computing=computing)) == 0
+    monkeypatch.setattr(run, "plan_memory", look)
+    for flags in ([], ["--report", tmp_path / "a.html"]):
+        assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 1, *flags) == 0
     assert held[1].kept - held[0].kept == 2 * 2 * 2 * 32 * 42
 
 

@@ -32,7 +32,8 @@ def clone(tmp_path):
     (clone / "images").mkdir(parents=True)
     for name in ("run.sh", "requirements.txt", "deepstyle.py"):
         shutil.copy(ROOT / name, clone)
-    shutil.copytree(ROOT / "deepstyle_support", clone / "deepstyle_support")
+    for package in ("deepstyle_app", "deepstyle_support"):
+        shutil.copytree(ROOT / package, clone / package)
     (clone / "images" / "shipped.jpg").touch()
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin" / "python3"
@@ -207,8 +208,9 @@ def test_the_whole_program_runs_from_any_folder(clone):
 @pytest.fixture
 def among_strangers(tmp_path):
     """A folder that has modules by the names of those that the program needs, and a link to the program."""
-    (tmp_path / "deepstyle_support").mkdir()
-    for name in ("deepstyle_support/__init__.py", "packaging.py"):
+    for package in ("deepstyle_app", "deepstyle_support"):
+        (tmp_path / package).mkdir()
+    for name in ("deepstyle_app/__init__.py", "deepstyle_support/__init__.py", "packaging.py"):
         (tmp_path / name).write_text("raise SystemExit('a stranger')")
     (tmp_path / "paint.py").symlink_to(ROOT / "deepstyle.py")
     return tmp_path
