@@ -20,7 +20,7 @@ from deepstyle_app.recipe import program
 
 ROOT = IMAGES.parent
 SOURCES = ("deepstyle.py", "README.md", "LICENSE", "MANIFEST.in", "pyproject.toml", "requirements.txt")
-FOLDERS = ("deepstyle_app", "deepstyle_support", "extras", "tests", "benchmarks", "examples")
+FOLDERS = ("deepstyle_app", "deepstyle_support", "extras", "tests", "benchmarks")
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, f'build_{sys.argv[1]}')(sys.argv[2]))"
 
 pytestmark = pytest.mark.xdist_group("package")  # one of the suite's workers builds and installs, once
@@ -98,7 +98,7 @@ def test_a_source_distribution_has_no_half_of_the_tests(distributions):
     with tarfile.open(distributions[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {name for name in names if name.startswith("tests/")} == {"tests/requirements.txt"}
-    assert not {name for name in names if name.startswith(("benchmarks", "examples", "images"))}
+    assert not {name for name in names if name.startswith(("benchmarks", "extras", "images"))}
 
 
 def test_the_installed_command_paints_in_another_folder(installed, picture_files, tmp_path):
