@@ -98,7 +98,7 @@ def test_a_source_distribution_has_no_half_of_the_tests(distributions):
     with tarfile.open(distributions[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {name for name in names if name.startswith("tests/")} == {"tests/requirements.txt"}
-    assert not {name for name in names if name.startswith(("benchmarks", "extras", "images"))}
+    assert not {name for name in names if name.startswith(("benchmarks", "images"))}
 
 
 def test_the_installed_command_paints_in_another_folder(installed, picture_files, tmp_path):
