@@ -254,7 +254,8 @@ def threads_each(workers: int, machines: list[dict[str, float]]) -> int:
         )
 
     if room(1) < workers:
-        raise UserError(f"--workers is {workers}; there are {room(1)} {'GPUs' if on_gpus else 'CPU cores'} for them")
+        there = counted(room(1), "GPU" if on_gpus else "CPU core")
+        raise UserError(f"--workers is {workers}; Ray has {there} for them")
     most = max(int(machine.get("CPU", 0)) for machine in machines)
     return next(threads for threads in range(most, 0, -1) if room(threads) >= workers)
 
