@@ -136,6 +136,17 @@ def test_an_input_that_an_earlier_run_wrote_is_not_removed(picture_files, tmp_pa
     assert animation.exists()
 
 
+@pytest.mark.parametrize("flag", ["content_mask", "style_masks", "color_mask", "init_image", "weights"])
+def test_none_of_the_files_that_are_read_is_written_over(picture_files, tmp_path, capfd, flag):
+    picture = tmp_path / "a_at_iteration_7.png"
+    shutil.copy(picture_files[0], picture)
+    before = picture.read_bytes()
+    command = [*picture_files, tmp_path / "a", *SMALL, "--preserve_color", "luma", "--overwrite", f"--{flag}", picture]
+    assert main([*map(str, command)]) == 2
+    assert f"'{picture}' is an input, and a run with this PREFIX would write there" in capfd.readouterr().err
+    assert picture.read_bytes() == before
+
+
 def test_events_of_another_run_are_left_alone(picture_files, tmp_path, capfd):
     events = tmp_path / "events"
     flags = ["--tensorboard", str(events)]
@@ -334,6 +345,16 @@ def test_a_disk_without_room_is_noticed_before_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(ownership.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(deepstyle.UserError, match="1000 bytes free"):
         RunFiles(tmp_path / "a").check([], (32, 32))
+
+
+def test_the_disk_has_to_have_room_for_what_the_devices_optimiser_knows(picture_files, tmp_path, capfd, monkeypatch):
+    room = 32 * 42 * (3 * 4 + 4) + 2 * 10 * 3 * 4 * 32 * 42  # a picture, its state, and ten corrections of two vectors
+    usage = type("Usage", (), {"free": room - 1})
+    monkeypatch.setattr(ownership.shutil, "disk_usage", lambda folder: usage)
+    flags = ["--num_iter", "1", "--tile", "off"]
+    assert run(picture_files, tmp_path / "a", *flags, "--optimizer", "device") == 2
+    assert f"has {room - 1} bytes free, and one iteration needs {room}" in capfd.readouterr().err
+    assert run(picture_files, tmp_path / "a", *flags, "--optimizer", "scipy") == 0
 
 
 def test_a_folder_that_may_not_be_written_is_noticed_before_the_start(tmp_path, monkeypatch):

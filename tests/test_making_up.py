@@ -179,6 +179,7 @@ def test_a_part_of_an_iteration_stays_in_all_files_until_it_is_whole(picture_fil
     assert run(picture_files, tmp_path / "a", *extras(tmp_path)) == 130
     begun = contents(tmp_path)
     assert [(one[1], one[-1]) for one in begun[0][0]] == [(0, False), (1, True)]
+    assert not read_text(str(tmp_path / "a_at_iteration_1.png"))["exact"]  # nothing stops it there again
     for name in ("a.csv", "a.html", "a.gif"):
         (tmp_path / name).unlink()
     stopped_at(1)
@@ -206,6 +207,17 @@ def test_stopped_at_once_at_a_coarse_size_the_picture_so_far_is_there(picture_fi
     assert run(picture_files, tmp_path / "a", *flags, "--resume") == 130
     assert "stopped before anything new was found; the picture so far is saved, and" in capfd.readouterr().err
     assert np.abs(np.asarray(Image.open(tmp_path / "a_at_iteration_0.png")) - before).max() <= 1
+
+
+def test_stopped_at_once_the_picture_of_a_part_is_there(picture_files, tmp_path, stopped_at):
+    path = tmp_path / "a_at_iteration_1.png"
+    stopped_at(9)
+    assert run(picture_files, tmp_path / "a") == 130
+    before = np.asarray(Image.open(path)).astype(int)
+    path.unlink()
+    stopped_at(1)
+    assert run(picture_files, tmp_path / "a", "--resume") == 130
+    assert np.abs(np.asarray(Image.open(path)) - before).max() <= 1
 
 
 def test_iterations_that_a_coarse_size_never_had_are_not_missed(picture_files, tmp_path, capfd):
