@@ -78,8 +78,7 @@ class Crew:
                 signal.signal(signal.SIGTERM, on_sigterm)
             self.logs = None if on_cluster() else Path(context.address_info["session_dir"], "logs")
         except Exception as error:  # Ray raises anything here
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"Ray cannot start: {said}", status=1) from error
+            raise UserError(f"Ray cannot start: {why_not(error)}", status=1) from error
         machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
         self.on_gpus = any(machine.get("GPU") for machine in machines)
         self.threads = threads_each(self.number, machines)
@@ -205,6 +204,14 @@ def on_cluster() -> bool:
     return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
+def why_not(error: BaseException) -> str:
+    """What Ray says, in a line, with the first sentence of what it was caused by: a traceback, as a text."""
+    said = [" ".join(str(error).split()) or type(error).__name__]
+    if cause := str(error.__cause__ or "").strip():
+        said.append(cause.splitlines()[-1].partition(". ")[0])
+    return "; ".join(said)
+
+
 def silence_ray() -> None:
     """Keep Ray from saying, in a paragraph and from a thread of its own, that a worker has died: we say it in a line.
 
@@ -236,7 +243,7 @@ def check_that_cluster_answers() -> None:
         socket.create_connection((host, int(parts[2])), ANSWER).close()
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or error
-        raise ConnectionError(f"nobody answers at {address}, which RAY_ADDRESS names: {why}") from error
+        raise ConnectionError(f"nobody answers at {address}, which RAY_ADDRESS names: {why}") from None
 
 
 def threads_each(workers: int, machines: list[dict[str, float]]) -> int:

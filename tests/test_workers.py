@@ -414,23 +414,13 @@ def test_without_ray_it_says_what_brings_it(picture_files, tmp_path, monkeypatch
 
 def test_each_worker_has_as_many_cores_as_leave_room_for_all_and_a_gpu_where_there_are_any():
     machines = [{"CPU": 16.0}, {"CPU": 8.0}]
-<<<<<<< HEAD
     assert [crews.threads_each(n, machines) for n in (1, 2, 3, 4, 24)] == [16, 8, 8, 5, 1]
-    with pytest.raises(UserError, match="--workers is 25; there are 24 CPU cores for them"):
+    with pytest.raises(UserError, match="--workers is 25; Ray has 24 CPU cores for them"):
         crews.threads_each(25, machines)
     machines = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}, {"CPU": 4.0, "GPU": 4.0}]
     assert [crews.threads_each(n, machines) for n in (1, 2, 3, 6)] == [16, 8, 4, 1]
-    with pytest.raises(UserError, match="--workers is 7; there are 6 GPUs for them"):
-        crews.threads_each(7, machines)
-=======
-    assert [sharing.threads_each(n, machines) for n in (1, 2, 3, 4, 24)] == [16, 8, 8, 5, 1]
-    with pytest.raises(UserError, match="--workers is 25; Ray has 24 CPU cores for them"):
-        sharing.threads_each(25, machines)
-    machines = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}, {"CPU": 4.0, "GPU": 4.0}]
-    assert [sharing.threads_each(n, machines) for n in (1, 2, 3, 6)] == [16, 8, 4, 1]
     with pytest.raises(UserError, match="--workers is 7; Ray has 6 GPUs for them"):
-        sharing.threads_each(7, machines)
->>>>>>> tests-workers
+        crews.threads_each(7, machines)
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (4096, 2731), (480, 640)])
@@ -464,3 +454,13 @@ def test_the_plan_counts_every_worker(monkeypatch):
         plan_memory(size, settings, workers=40)
     monkeypatch.setattr(memory, "free_memory", lambda cap: (100e9, 8e9))  # each has a GPU of its own
     assert plan_memory(size, settings, workers=40).tile == 512
+
+
+def test_why_ray_does_not_start_is_said_with_its_cause_in_one_line():
+    failure = ConnectionError("Failed to connect to Ray cluster\nat 192.0.2.2:6379")
+    assert crews.why_not(failure) == "Failed to connect to Ray cluster at 192.0.2.2:6379"
+    failure.__cause__ = RuntimeError(
+        "Traceback:\n  File ...\nAuthenticationError: the token is missing. Note: a page of it\n\n"
+    )
+    assert crews.why_not(failure).endswith(" at 192.0.2.2:6379; AuthenticationError: the token is missing")
+    assert crews.why_not(OSError()) == "OSError"
