@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from deepstyle_support.backend import as_array, import_keras, to_arrays
@@ -197,7 +198,8 @@ class WorkersEngine(Engine):
     def __init__(self, workers: Workers, plan: Plan, weights: Weights, settings: Settings):
         super().__init__(plan, weights, settings.padding)
         self.workers, self.model = workers, settings.model
-        self._sent: dict[str, tuple[Any, Any]] = {}
+        self._sent_x: Any = None  # Ray's references to what was sent last
+        self._sent_tiled: tuple[Any, Any] = None, None  # with the object itself
 
     def start(self) -> str:
         return self.workers.begin()
@@ -211,19 +213,31 @@ class WorkersEngine(Engine):
 
         self.workers.employ(self.weights, self.padding)
         tiled, (x, *rest) = compute.__self__, given  # type: ignore[attr-defined]
-        # As the network takes it, which is half as much to send; and a copy, which nobody changes later.
-        sent_x = self._send("x", x, lambda: as_array(x).astype("float32"))
-        sent = self._send("tiled", tiled, lambda: tiled), sent_x, *map(ray.put, rest)
+        sent = self._send_tiled(tiled), self._send_x(x), *map(ray.put, rest)
         return self.workers.map(tiles, compute.__func__, *sent)  # type: ignore[attr-defined]
 
-    def _send(self, name: str, value: Any, prepared: Callable[[], Any]) -> Any:
-        """Ray's reference to a value, which is sent anew only if it is another object than the last by this name."""
+    def _send_x(self, x: Any) -> Any:
+        """Ray's reference to x, (H, W, 3), in float32, as the network takes it, which is half as much to send.
+
+        It is sent once for both passes of an evaluation. Whether it is the same is asked of its values: the caller may
+        have changed the array in place since.
+        """
         import ray
 
-        if name not in self._sent or self._sent[name][0] is not value:
-            self._sent.pop(name, None)  # what nobody refers to leaves Ray's store
-            self._sent[name] = value, ray.put(prepared())
-        return self._sent[name][1]
+        values = as_array(x).astype("float32")
+        if self._sent_x is None or not np.array_equal(ray.get(self._sent_x), values):
+            self._sent_x = None  # what nobody refers to leaves Ray's store
+            self._sent_x = ray.put(values)
+        return self._sent_x
+
+    def _send_tiled(self, tiled: Any) -> Any:
+        """Ray's reference to a TiledLoss, which is sent anew only if it is another object than the last."""
+        import ray
+
+        if self._sent_tiled[0] is not tiled:
+            self._sent_tiled = None, None
+            self._sent_tiled = tiled, ray.put(tiled)
+        return self._sent_tiled[1]
 
     def is_repeatable(self) -> bool:
         return not self.workers.on_gpus and not on_cluster()

@@ -1,29 +1,34 @@
 """One picture on several workers: what they compute is the same, and what happens to them loses nothing."""
 
+import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from conftest import IMAGES, SMALL, smooth_picture, wait_for
+from conftest import IMAGES, SMALL, describe, run, smooth_picture, wait_for
 
 import deepstyle
-from deepstyle_app.command import main
+from deepstyle_app import workers as sharing
 from deepstyle_app.terminal import stopping
 from deepstyle_support import memory
+from deepstyle_support.images import to_input_space
 from deepstyle_support.limits import usable_cores
-from deepstyle_support.memory import plan_memory, shared_tile
-
-sys.path.insert(0, str(IMAGES.parent / "examples"))
-import large_picture
+from deepstyle_support.memory import Plan, plan_memory, shared_tile
+from deepstyle_support.messages import UserError
+from deepstyle_support.pictures import Pictures
+from deepstyle_support.settings import Settings
+from deepstyle_support.tiles import tiles_of
 
 pytestmark = pytest.mark.xdist_group("ray")  # which is started once
-PROGRAM = [sys.executable, large_picture.__file__]
 
 
 @pytest.fixture(scope="module")
@@ -32,32 +37,37 @@ def workers(untrained, tmp_path_factory):
 
     Their interpreter is in a folder that a shell has to be told of in quotes.
     """
-    pair = large_picture.Workers(2)
+    pair = sharing.Workers(2)
     link = tmp_path_factory.mktemp("a clone") / "it's $HOME (1)"
     link.symlink_to(sys.prefix)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setattr(sys, "executable", str(link / Path(sys.executable).relative_to(sys.prefix)))
-        patch.setattr(large_picture, "usable_cores", lambda: 2)
+        patch.setattr(sharing, "usable_cores", lambda: 2)
         pair.begin()
         pair.employ(untrained, "zeros")
     yield pair
     pair.end()
 
 
-def both(workers, untrained, rows, columns, styles=1, **options):
-    """The objective in this process and with workers, and a picture to try them on."""
+def both(workers, untrained, rows, columns, styles=1, alpha=None, masks=None, **options):
+    """The objective in this process and with workers, and a picture to try them on.
+
+    masks: style_masks and content_mask, as the objective takes them.
+    """
     content, *shown = (smooth_picture(seed, rows, columns) for seed in range(1, 2 + styles))
-    options = vars(deepstyle.Settings(tile="48")) | options | {"weights": untrained}
-    here = deepstyle.Objective(content, shown, **options)
-    shared = large_picture.SharedObjective(workers, content, shown, **options)
-    x = deepstyle.to_input_space(content) + np.random.default_rng(3).normal(0, 20, content.shape)
-    return here, shared, x
+    x = to_input_space(content) + np.random.default_rng(3).normal(0, 20, content.shape)
+    content = content if alpha is None else np.dstack([content, alpha])
+    masks, settings = masks or {}, Settings(tile="48", **options)
+    here = deepstyle.Objective(content, shown, **masks, **vars(settings) | {"weights": untrained})
+    stage = deepstyle.Stage(Pictures(content, tuple(shown), **masks), settings, here.size, here.size, 1)
+    engine = workers.engine(Plan(settings.tile_pixels, settings.history), untrained, settings)
+    return here, deepstyle.Objective.at(stage, engine, deepstyle.Watch()), x
 
 
 def all_ready(workers):
     while len(workers.free) < workers.number:
-        workers.wait(large_picture.deque())
+        workers.wait(deque())
 
 
 def region(rows, columns):
@@ -76,13 +86,13 @@ def region(rows, columns):
             48,
             {
                 "styles": 2,
-                "style_masks": [region(96, 48), 255 - region(96, 48)],
-                "content_mask": region(96, 48),
+                "masks": {"style_masks": [region(96, 48), 255 - region(96, 48)], "content_mask": region(96, 48)},
                 "style_weight": (1.0, 2.0),
             },
         ),
+        (75, 52, {"alpha": region(75, 52)}),
     ],
-    ids=["whole tiles", "an odd size", "styles and masks"],
+    ids=["whole tiles", "an odd size", "styles and masks", "alpha"],
 )
 def test_loss_and_gradient_are_those_of_one_process(workers, untrained, rows, columns, options):
     here, shared, x = both(workers, untrained, rows, columns, **options)
@@ -124,20 +134,20 @@ def test_workers_that_do_not_come_are_told_of_as_what_they_are(tmp_path, monkeyp
 
     waited = []
     monkeypatch.setattr(ray, "wait", lambda refs, num_returns, timeout: waited.append(timeout) or ([], refs))
-    monkeypatch.setattr(large_picture, "worker_processes", lambda: processes)
+    monkeypatch.setattr(sharing, "worker_processes", lambda: processes)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     (tmp_path / "raylet.err").write_text("a warning\nbash: no such file\n\n")
-    none_comes = large_picture.Workers(2)
+    none_comes = sharing.Workers(2)
     none_comes.logs, none_comes.busy = tmp_path, {"starting": ("a worker", None, {})}
-    with pytest.raises(deepstyle.UserError) as raised:
-        none_comes.wait(large_picture.deque())
+    with pytest.raises(UserError) as raised:
+        none_comes.wait(deque())
     assert str(raised.value).startswith(said)
     assert sum(waited) == (300 if processes else 15)
 
 
 def test_workers_that_are_ready_are_seen(workers):
     all_ready(workers)
-    assert len(large_picture.worker_processes()) >= workers.number
+    assert len(sharing.worker_processes()) >= workers.number
 
 
 def test_x_is_sent_once_for_both_passes_and_anew_for_another_evaluation(workers, untrained, monkeypatch):
@@ -150,7 +160,7 @@ def test_x_is_sent_once_for_both_passes_and_anew_for_another_evaluation(workers,
     x += 1
     second = shared.evaluate(x)
     assert [getattr(value, "dtype", None) for value in sent].count(np.float32) == 2
-    assert sum(isinstance(value, deepstyle.TileLosses) for value in sent) == 1
+    assert sum(isinstance(value, deepstyle.TiledLoss) for value in sent) == 1
     assert first.loss != second.loss
 
 
@@ -184,18 +194,24 @@ def test_a_worker_that_is_killed_is_replaced_and_its_tile_computed_again(workers
 
 def test_what_a_worker_raises_is_raised_here_and_it_goes_on_working(workers, untrained):
     _, shared, x = both(workers, untrained, 96, 48)
-    with pytest.raises(deepstyle.UserError, match="loss is no longer finite; lower its weight"):
+    with pytest.raises(UserError, match="loss is no longer finite; lower its weight"):
         shared.evaluate(np.full_like(x, np.nan))
     tiles = shared._tiles(shared.size, ["conv5_2"])
+
+    def fails(tiled, network, tile):
+        raise ZeroDivisionError("of a worker")
+
     for _ in range(workers.number + 1):
-        with pytest.raises(AttributeError, match="no attribute 'paint'"):
-            list(workers.map(tiles, "paint", shared.of_tile))
+        with pytest.raises(ZeroDivisionError, match="of a worker"):
+            list(workers.map(tiles, fails, shared.tiled))
     assert np.isfinite(shared.evaluate(x).loss)
 
 
 def start(picture_files, prefix, *flags):
-    command = [*PROGRAM, *picture_files, str(prefix), *SMALL, "--workers", "2", *flags]
+    program = IMAGES.parent / "deepstyle.py"
+    command = [sys.executable, str(program), *picture_files, str(prefix), *SMALL, "--workers", "2", *flags]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment["DEEPSTYLE_STARTED_FOR"] = str(prefix)  # so does all that it starts
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
     )
@@ -206,32 +222,76 @@ def state_of(prefix):
         return int(state["iteration"]), bool(state["partial"])
 
 
+def left_of(prefix):
+    """The command lines of those processes that `start` has started, or Ray for it, and that do not end."""
+
+    def there():
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("DEEPSTYLE_STARTED_FOR") == str(prefix):
+                    yield " ".join(process.cmdline())
+
+    deadline = time.monotonic() + 20
+    while (left := list(there())) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
 @pytest.mark.skipif(usable_cores() < 2, reason="two workers need two cores")
-def test_either_program_goes_on_with_the_others_run_and_a_stop_saves_the_picture(
+def test_a_run_goes_on_with_another_number_of_workers_and_a_stop_saves_the_picture(
     full_network, picture_files, tmp_path, capfd
 ):
     prefix = tmp_path / "a"
-    assert main([*picture_files, str(prefix), *SMALL, "--num_iter", "1"]) == 0
-    run = start(picture_files, prefix, "--num_iter", "100000", "--resume")
-    wait_for(Path(f"{prefix}_at_iteration_2.png"), run)
+    assert run(picture_files, prefix, "--num_iter", "1") == 0
+    process = start(picture_files, prefix, "--num_iter", "100000", "--resume")
+    wait_for(Path(f"{prefix}_at_iteration_2.png"), process)
     for _ in range(2):  # to the group, as `timeout` and a terminal send it: Ray's processes are in it
-        os.killpg(run.pid, signal.SIGTERM)
-    out, err = run.communicate(timeout=60)
-    assert run.returncode == 143
-    assert out.startswith("going on after iteration 1\npainting 32 x 42 pixels on 2 workers with 1 CPU core each of")
+        os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    first, second, third, *iterations = out.splitlines()
+    assert first == "going on after iteration 1"
+    assert second.startswith("painting 32 x 42 pixels on 2 workers with 1 CPU core each of this machine, with ")
+    assert third.startswith("in tiles of at most 32 pixels, ")
+    assert all(line.startswith("iteration ") for line in iterations)  # nothing of Ray's
     assert re.fullmatch(r"deepstyle: stopped.*, and the same command with --resume goes on from there\n", err)
+    assert left_of(prefix) == []
     done, partial = state_of(prefix)
     assert done >= 2
     assert Path(f"{prefix}_at_iteration_{done + partial}.png").exists()
     capfd.readouterr()
-    assert main([*picture_files, str(prefix), *SMALL, "--num_iter", str(done + 1), "--resume"]) == 0
+    assert run(picture_files, prefix, "--num_iter", done + 1, "--resume") == 0
     assert capfd.readouterr().out.startswith(f"going on after iteration {done}\n")
-    assert main(["--describe", f"{prefix}_at_iteration_2.png"]) == 0
-    assert re.search(r"\npython examples/large_picture.py \S+ \S+ \S+ --workers 2 .*--tile 32", capfd.readouterr().out)
+    by_two, by_one = (describe(f"{prefix}_at_iteration_{number}.png", capfd) for number in (2, done + 1))
+    assert re.search(r"\npython deepstyle.py \S+ \S+ \S+ .*--tile 32 --workers 2\n", by_two)
+    assert "--workers" not in by_one
+    assert "comes close to it" in by_two  # what a run that went on would be by other processes' rounding is not known
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="two workers need two cores")
+def test_ctrl_c_while_workers_get_ready_is_one_line_and_no_process_is_left(picture_files, tmp_path):
+    prefix = tmp_path / "a"
+    process = start(picture_files, prefix)
+    assert process.stdout.readline().startswith("painting 32 x 42 pixels on 2 workers")
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.startswith("deepstyle: stopped")
+    assert err.count("\n") == 1
+    assert left_of(prefix) == []
+
+
+@pytest.fixture
+def run_shared(workers, monkeypatch):
+    """conftest's run, with those workers that are there already."""
+    monkeypatch.setattr(sharing, "workers_for", lambda job: workers)
+    monkeypatch.setattr(workers, "begin", lambda: "workers")
+    monkeypatch.setattr(workers, "end", lambda: None)
+    return lambda *arguments: run(*arguments, "--workers", "2")
 
 
 def test_a_run_without_any_worker_left_ends_with_its_last_picture_and_state(
-    workers, picture_files, tmp_path, monkeypatch, capfd
+    workers, run_shared, picture_files, tmp_path, monkeypatch, capfd
 ):
     import ray
 
@@ -247,15 +307,11 @@ def test_a_run_without_any_worker_left_ends_with_its_last_picture_and_state(
             for worker in [*workers.free, *(worker for worker, *_ in workers.busy.values())]:
                 ray.kill(worker)
             workers.start = still_born
-        large_picture.Workers.wait(workers, waiting)
-
-    def run(arguments, settings):
-        make = large_picture.functools.partial(large_picture.SharedObjective, workers)
-        return deepstyle.run(arguments, settings, computing=deepstyle.Computing(device=lambda: "workers", make=make))
+        sharing.Workers.wait(workers, waiting)
 
     monkeypatch.setattr(workers, "wait", die_in_the_second_iteration)
     try:
-        assert main([*picture_files, str(prefix), *SMALL, "--tile", "32", "--num_iter", "2"], run_one=run) == 1
+        assert run_shared(picture_files, prefix, "--tile", "32") == 1
     finally:
         monkeypatch.undo()
         workers.start, workers.deaths = start, 0
@@ -283,9 +339,9 @@ def test_a_run_without_any_worker_left_ends_with_its_last_picture_and_state(
 )
 def test_what_is_wrong_is_said_before_ray_is_started(picture_files, tmp_path, monkeypatch, capfd, flags, said):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(large_picture, "usable_cores", lambda: 2)
-    monkeypatch.setattr(large_picture.Workers, "begin", lambda self: pytest.fail("Ray was started"))
-    assert large_picture.main([*picture_files, str(tmp_path / "out" / "a"), *SMALL, *flags]) == 2
+    monkeypatch.setattr(sharing, "usable_cores", lambda: 2)
+    monkeypatch.setattr(sharing.Workers, "begin", lambda self: pytest.fail("Ray was started"))
+    assert run(picture_files, tmp_path / "out" / "a", "--workers", "2", *flags) == 2
     told = capfd.readouterr().err
     assert told.startswith("deepstyle: error: ")
     assert said in told
@@ -293,41 +349,54 @@ def test_what_is_wrong_is_said_before_ray_is_started(picture_files, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_is_one_line_that_says_what_paints_it(picture_files, tmp_path, capfd):
-    assert large_picture.main([str(tmp_path), picture_files[1], str(tmp_path / "a"), "--workers", "1"]) == 2
-    assert "is a folder; name one photo, or paint the folder with deepstyle.py" in capfd.readouterr().err
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [("2", "is a folder; --workers shares out one photo's tiles"), ("0", "--workers is 0; it must be 1 or more")],
+)
+def test_a_folder_is_one_line_that_says_what_workers_are_for(picture_files, tmp_path, capfd, number, said):
+    style, photos = picture_files[1], tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(picture_files[0], photos)
+    assert run([str(photos), style], tmp_path / "out", "--workers", number) == 2
+    told = capfd.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_workers_find_the_modules_that_this_process_finds(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
-    assert large_picture.environment(1)["env_vars"]["PYTHONPATH"].split(os.pathsep)[-1] == "/somewhere/else"
+    assert sharing.environment(1)["env_vars"]["PYTHONPATH"].split(os.pathsep)[-1] == "/somewhere/else"
 
 
-def test_a_run_of_workers_that_is_not_stopped_is_made_again_by_its_command(workers, untrained):
-    pictures = deepstyle.Pictures(smooth_picture(1, 48, 48), (smooth_picture(2, 48, 48),))
-    settings = deepstyle.Settings(image_size=64, num_iter=1, scales=2, coarse_iter=1)
-    make = large_picture.functools.partial(large_picture.SharedObjective, workers)
-    plan = deepstyle.Plan(tile=64, history=10, needed=0, free=0)
-    assert [one.exact for one in deepstyle.paint(pictures, settings, untrained, plan, make=make)] == [True, True]
+def test_a_run_of_workers_that_is_not_stopped_is_made_again_by_its_command(run_shared, picture_files, tmp_path, capsys):
+    flags = "--image_size", "64", "--tile", "64", "--num_iter", "1", "--scales", "2", "--coarse_iter", "1"
+    assert run_shared(picture_files, tmp_path / "a", *flags) == 0
+    said = describe(tmp_path / "a_at_iteration_1.png", capsys)
+    assert "\nexact: True\n" in said
+    assert "\nthis makes it again, as its iteration 1:\n" in said
+    assert said.endswith(" --tile 64 --workers 2\n")
 
 
 def test_without_ray_it_says_what_brings_it(picture_files, tmp_path, monkeypatch, capfd):
-    find = large_picture.importlib.util.find_spec
-    monkeypatch.setattr(large_picture.importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
-    assert large_picture.main([*picture_files, str(tmp_path / "a"), *SMALL, "--workers", "1"]) == 2
-    assert "this needs the package ray; " in (told := capfd.readouterr().err)
+    find = sharing.importlib.util.find_spec
+    monkeypatch.setattr(sharing, "usable_cores", lambda: 2)
+    monkeypatch.setattr(sharing.importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
+    assert run(picture_files, tmp_path / "a", "--workers", "2") == 2
+    assert "--workers needs the package ray; " in (told := capfd.readouterr().err)
     assert "-m pip install ray' brings it\n" in told
+    assert run(picture_files, tmp_path / "a") == 0  # nobody else needs it
 
 
 def test_each_worker_has_as_many_cores_as_leave_room_for_all_and_a_gpu_where_there_are_any():
     machines = [{"CPU": 16.0}, {"CPU": 8.0}]
-    assert [large_picture.threads_each(n, machines) for n in (1, 2, 3, 4, 24)] == [16, 8, 8, 5, 1]
-    with pytest.raises(deepstyle.UserError, match="--workers is 25; there are 24 CPU cores for them"):
-        large_picture.threads_each(25, machines)
+    assert [sharing.threads_each(n, machines) for n in (1, 2, 3, 4, 24)] == [16, 8, 8, 5, 1]
+    with pytest.raises(UserError, match="--workers is 25; there are 24 CPU cores for them"):
+        sharing.threads_each(25, machines)
     machines = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}, {"CPU": 4.0, "GPU": 4.0}]
-    assert [large_picture.threads_each(n, machines) for n in (1, 2, 3, 6)] == [16, 8, 4, 1]
-    with pytest.raises(deepstyle.UserError, match="--workers is 7; there are 6 GPUs for them"):
-        large_picture.threads_each(7, machines)
+    assert [sharing.threads_each(n, machines) for n in (1, 2, 3, 6)] == [16, 8, 4, 1]
+    with pytest.raises(UserError, match="--workers is 7; there are 6 GPUs for them"):
+        sharing.threads_each(7, machines)
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (4096, 2731), (480, 640)])
@@ -336,7 +405,7 @@ def test_there_is_a_tile_for_each_worker_and_none_is_larger_than_memory_allows(s
     for at_most in (None, 512, 300):
         tile = shared_tile(size, at_most, workers, "vgg16", kept=False)
         assert tile <= (at_most or max(size) + 15)
-        assert len(deepstyle.tiles_of(size, tile, 96)) >= workers
+        assert len(tiles_of(size, tile, 96)) >= workers
         # What the plan chose is what the objective takes, and so is what --describe says.
         assert shared_tile(size, tile, workers, "vgg16", kept=True) == tile
         assert shared_tile(size, tile, workers, "vgg16", kept=False) == tile
@@ -349,15 +418,15 @@ def test_a_tile_that_was_asked_for_is_kept_unless_it_leaves_a_worker_without():
 
 
 def test_the_plan_counts_every_worker(monkeypatch):
-    size, settings = (1024, 1024), deepstyle.Settings(tile="512")
+    size, settings = (1024, 1024), Settings(tile="512")
     monkeypatch.setattr(memory, "free_memory", lambda cap: (100e9, 0))
     one, two, four = (plan_memory(size, settings, workers=workers).needed for workers in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one))
     needed = memory.needed_memory(size, 512, 10, settings)
     assert two > 2 * needed.computing + needed.vectors + needed.rest
     monkeypatch.setattr(memory, "free_memory", lambda cap: (two, 0))
-    assert plan_memory(size, deepstyle.Settings(tile="512", history=10), workers=2).tile == 512
-    with pytest.raises(deepstyle.UserError, match="GB of memory"):
+    assert plan_memory(size, Settings(tile="512", history=10), workers=2).tile == 512
+    with pytest.raises(UserError, match="GB of memory"):
         plan_memory(size, settings, workers=40)
     monkeypatch.setattr(memory, "free_memory", lambda cap: (100e9, 8e9))  # each has a GPU of its own
     assert plan_memory(size, settings, workers=40).tile == 512
