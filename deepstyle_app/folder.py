@@ -26,7 +26,7 @@ from .job import Job
 from .locks import folder_for, lock_of
 from .ownership import RunFiles, base_path, real, remove_unfinished
 from .report import THUMBNAIL, Card, check_index, encoded, title_of, write_index
-from .run import Ending, Shared, run
+from .run import Ending, Shared, run, workers_of
 from .terminal import console_for, signals_as_requests
 
 # Windows hides these in every folder that it has shown; where the folder is copied to, the name alone says so.
@@ -220,6 +220,7 @@ def run_folder(job: Job) -> int:
 
 def check_folder(job: Job, free: tuple[float, float]) -> tuple[Batch, dict[str, Any]]:
     """The photos, and the pictures that all share. Raises UserError for what is wrong whatever the photo."""
+    workers_of(job)  # which a folder's photos do not have
     folder, results = Path(job.content), base_path(os.path.join(job.prefix, "")).parent
     batch = Batch(photos_in(folder, results), results, console_for(job.quiet).print, job.debug)
     common = job.of_photo(folder, results)

@@ -11,8 +11,10 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import re
 import shlex
 import signal
+import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,7 +28,7 @@ from deepstyle_support.backend import as_array, import_keras, to_arrays
 from deepstyle_support.engine import Engine, on_device
 from deepstyle_support.limits import usable_cores
 from deepstyle_support.memory import Held, Plan, plan_memory, shared_tile
-from deepstyle_support.messages import UserError, counted
+from deepstyle_support.messages import UserError, counted, silenced_stderr
 from deepstyle_support.settings import Settings
 from deepstyle_support.tiles import Tile
 from deepstyle_support.weights import Weights
@@ -39,6 +41,9 @@ FOLDER = Path(__file__).resolve().parent.parent  # which the workers' processes 
 DEATHS = 3  # of workers one after another, for each that there is to be, without a tile that is computed in between
 AHEAD = 2  # tiles a worker: how far those that are computed may be before the one that is to be added next
 PATIENCE = 300  # seconds to wait for a worker if there is no other; to load a backend takes 5 to 60
+ANSWER = 10  # seconds in which somebody is to answer where a cluster is said to be
+# Ray reads this when it is imported. By itself it asks 20 times, and if nobody answers each takes 40 seconds.
+IMPATIENT = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": "15"}
 LOOK = 5  # seconds between two looks at whether workers' processes are there; three times none means that they die
 
 
@@ -87,6 +92,8 @@ class Workers:
 
     def begin(self) -> str:
         """Start Ray, or join the cluster that RAY_ADDRESS names; says what each worker has of it."""
+        if on_cluster():
+            os.environ.update(IMPATIENT | os.environ)
         import ray
 
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -94,20 +101,21 @@ class Workers:
             options |= {"address": "local", "num_cpus": usable_cores(), "include_dashboard": False}
         self.began, on_sigterm = True, signal.getsignal(signal.SIGTERM)
         try:
-            with signals_kept_from_children():
+            check_that_cluster_answers()
+            with signals_kept_from_children(), silenced_stderr():  # where its C++ code writes as it likes
                 context: Any = ray.init(**options)
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process without a word
             self.logs = None if on_cluster() else Path(context.address_info["session_dir"], "logs")
         except Exception as error:  # Ray raises anything here
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"Ray cannot start: {first}", status=1) from error
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"Ray cannot start: {said}", status=1) from error
         machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
         self.on_gpus = any(machine.get("GPU") for machine in machines)
         self.threads = threads_each(self.number, machines)
         if self.on_gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # they are the workers': this process computes nothing
         each = "a GPU" if self.on_gpus else counted(self.threads, "CPU core")
-        where = f"{len(machines)} machines" if on_cluster() else "this machine"
+        where = counted(len(machines), "machine") if on_cluster() else "this machine"
         return f"{counted(self.number, 'worker')} with {each} each of {where}, with {backend()}"
 
     def employ(self, weights: Weights, padding: str) -> None:
@@ -259,7 +267,30 @@ def worker_processes() -> list[psutil.Process]:
 
 
 def on_cluster() -> bool:
-    return bool(os.environ.get("RAY_ADDRESS"))
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
+def check_that_cluster_answers() -> None:
+    """Raise ConnectionError if nobody listens where RAY_ADDRESS says; Ray itself would try for minutes."""
+    if not on_cluster():
+        return
+    import ray
+
+    address = os.environ["RAY_ADDRESS"]
+    if address == "auto":
+        with contextlib.suppress(ImportError, AttributeError):  # another version of Ray may have it elsewhere
+            from ray._private.services import canonicalize_bootstrap_address_or_die
+
+            address = canonicalize_bootstrap_address_or_die(address)
+    parts = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d{1,5})", address)
+    if not parts:  # Ray says what is wrong with it
+        return
+    host = parts[1] if parts[1] not in ("localhost", "127.0.0.1", "::1") else ray.util.get_node_ip_address()
+    try:
+        socket.create_connection((host, int(parts[2])), ANSWER).close()
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConnectionError(f"nobody answers at {address}, which RAY_ADDRESS names: {why}") from error
 
 
 def backend() -> str:
@@ -305,12 +336,12 @@ def workers_for(job: Job) -> Workers:
     number = job.workers
     if number < 1:
         raise UserError(f"--workers is {number}; it must be 1 or more")
+    if os.path.isdir(job.content):
+        raise UserError(f"'{job.content}' is a folder; --workers shares out one photo's tiles")
     if not on_cluster() and number > usable_cores():
         raise UserError(f"--workers is {number}; this machine has {usable_cores()} CPU cores for them")
     if job.settings.tile == "off":
         raise UserError(f"--tile is off; {number} workers need tiles to share")
     if not importlib.util.find_spec("ray"):
         raise UserError(f"--workers needs the package ray; '{sys.executable} -m pip install ray' brings it")
-    if os.path.isdir(job.content):
-        raise UserError(f"'{job.content}' is a folder; --workers shares out one photo's tiles")
     return Workers(number)

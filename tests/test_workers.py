@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -207,10 +208,12 @@ def test_what_a_worker_raises_is_raised_here_and_it_goes_on_working(workers, unt
     assert np.isfinite(shared.evaluate(x).loss)
 
 
-def start(picture_files, prefix, *flags):
+def start(picture_files, prefix, *flags, address=None):
+    """The command with two workers, in a process group of its own; address: of a cluster."""
     program = IMAGES.parent / "deepstyle.py"
     command = [sys.executable, str(program), *picture_files, str(prefix), *SMALL, "--workers", "2", *flags]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"RAY_ADDRESS": address} if address else {}
     environment["DEEPSTYLE_STARTED_FOR"] = str(prefix)  # so does all that it starts
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
@@ -279,6 +282,30 @@ def test_ctrl_c_while_workers_get_ready_is_one_line_and_no_process_is_left(pictu
     assert err.startswith("deepstyle: stopped")
     assert err.count("\n") == 1
     assert left_of(prefix) == []
+
+
+def test_a_cluster_that_is_not_there_is_one_line_and_soon(picture_files, tmp_path):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # so that nobody else can
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        process = start(picture_files, tmp_path / "a", address=address)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert err.startswith(f"deepstyle: error: Ray cannot start: nobody answers at {address}, which RAY_ADDRESS names: ")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+@pytest.mark.endurance  # Ray waits for its answer
+def test_what_is_no_cluster_is_one_line_and_soon(picture_files, tmp_path):
+    with socket.socket() as silent:
+        silent.bind(("", 0))
+        silent.listen()
+        process = start(picture_files, tmp_path / "a", address=f"127.0.0.1:{silent.getsockname()[1]}")
+        out, err = process.communicate(timeout=40)
+    assert process.returncode == 1
+    assert re.fullmatch("deepstyle: error: Ray cannot start: .*cluster.*\n", err)
+    assert out == ""
 
 
 @pytest.fixture
