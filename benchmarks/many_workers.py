@@ -20,13 +20,17 @@ import time
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(FOLDER), str(FOLDER / "examples")]
-import large_picture  # noqa: E402
+sys.path.insert(0, str(FOLDER))
 import numpy as np  # noqa: E402
 
 import deepstyle  # noqa: E402, it is not installed but lies above
-from deepstyle_support.images import resize  # noqa: E402
-from deepstyle_support.memory import largest_window, shared_tile  # noqa: E402
+from deepstyle_app.workers import Workers  # noqa: E402
+from deepstyle_support.engine import Engine  # noqa: E402
+from deepstyle_support.images import resize, to_input_space  # noqa: E402
+from deepstyle_support.memory import Plan, largest_window, shared_tile  # noqa: E402
+from deepstyle_support.pictures import Pictures  # noqa: E402
+from deepstyle_support.settings import STYLE_LAYERS, Settings  # noqa: E402
+from deepstyle_support.tiles import tiles_of  # noqa: E402
 from deepstyle_support.vgg import CHANNELS, halo  # noqa: E402
 from deepstyle_support.weights import random_weights  # noqa: E402
 
@@ -40,13 +44,14 @@ def seconds_of(objective: deepstyle.Objective, x: np.ndarray) -> float:
 def measure(rows: int, tile: int, number: int, rounds: int) -> None:
     random = np.random.default_rng(0)
     content, style = (resize(random.integers(0, 256, (40, 40, 3), np.uint8), (rows, rows)) for _ in range(2))
-    options = vars(deepstyle.Settings(tile=str(tile))) | {"weights": random_weights(0)}
-    workers = large_picture.Workers(number)
+    settings, weights = Settings(tile=str(tile)), random_weights(0)
+    stage = deepstyle.Stage(Pictures(content, (style,)), settings, (rows, rows), (rows, rows), 1)
+    plan, workers = Plan(tile, settings.history), Workers(number)
     print(f"{workers.begin()}; load {os.getloadavg()[0]:.1f}", flush=True)
     try:
-        shared = large_picture.SharedObjective(workers, content, style, **options)
-        here = deepstyle.Objective(content, style, **options)
-        x = deepstyle.to_input_space(content)
+        engines = Engine(plan, weights, settings.padding), workers.engine(plan, weights, settings)
+        here, shared = (deepstyle.Objective.at(stage, engine, deepstyle.Watch()) for engine in engines)
+        x = to_input_space(content)
         losses = here(x)[0], shared(x)[0]  # both have compiled now
         print(f"losses agree to {abs(losses[1] / losses[0] - 1):.0e}", flush=True)
         pairs = []
@@ -63,7 +68,7 @@ def measure(rows: int, tile: int, number: int, rounds: int) -> None:
 
 def window_pixels(size: tuple[int, int], tile: int) -> int:
     """Of all windows of the second pass."""
-    tiles = deepstyle.tiles_of(size, tile, halo(["conv5_2"], "vgg16"))
+    tiles = tiles_of(size, tile, halo(["conv5_2"], "vgg16"))
     return sum(math.prod(part.stop - part.start for part in tile.window) for tile in tiles)
 
 
@@ -73,7 +78,7 @@ def row(side: int, workers: int, at_most: int, seconds: float) -> list[str]:
     tile = shared_tile(size, at_most, workers, "vgg16", kept=False)
     tiles = math.ceil(side / tile) ** 2
     x = 4 * 3 * side**2 * workers
-    grams = 4 * sum(CHANNELS["vgg16"][layer] ** 2 for layer in deepstyle.STYLE_LAYERS)
+    grams = 4 * sum(CHANNELS["vgg16"][layer] ** 2 for layer in STYLE_LAYERS)
     gradients = 4 * 3 * window_pixels(size, tile)
     sent = x + grams * (tiles + workers) + gradients
     computing = math.ceil(tiles / workers) * largest_window(size, tile, "vgg16") / 1e6 * seconds

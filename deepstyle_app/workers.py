@@ -92,23 +92,13 @@ class Workers:
 
     def begin(self) -> str:
         """Start Ray, or join the cluster that RAY_ADDRESS names; says what each worker has of it."""
-        if on_cluster():
-            os.environ.update(IMPATIENT | os.environ)
+        self.began, on_sigterm = True, signal.getsignal(signal.SIGTERM)
+        with signals_kept_from_children():
+            context = start_ray(usable_cores())
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process without a word
+        self.logs = None if on_cluster() else Path(context.address_info["session_dir"], "logs")
         import ray
 
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        if not on_cluster():  # "local", since Ray would else join one that happens to run on this machine
-            options |= {"address": "local", "num_cpus": usable_cores(), "include_dashboard": False}
-        self.began, on_sigterm = True, signal.getsignal(signal.SIGTERM)
-        try:
-            check_that_cluster_answers()
-            with signals_kept_from_children(), silenced_stderr():  # where its C++ code writes as it likes
-                context: Any = ray.init(**options)
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process without a word
-            self.logs = None if on_cluster() else Path(context.address_info["session_dir"], "logs")
-        except Exception as error:  # Ray raises anything here
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"Ray cannot start: {said}", status=1) from error
         machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
         self.on_gpus = any(machine.get("GPU") for machine in machines)
         self.threads = threads_each(self.number, machines)
@@ -268,6 +258,27 @@ def worker_processes() -> list[psutil.Process]:
 
 def on_cluster() -> bool:
     return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
+def start_ray(cores: int) -> Any:
+    """Start Ray on so many of this machine's cores, or join the cluster that RAY_ADDRESS names: Ray's context.
+
+    Raises UserError, status 1, if it cannot. What Ray has to say then, and later, is not shown.
+    """
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if on_cluster():
+        os.environ.update(IMPATIENT | os.environ)
+    else:  # "local", since Ray would else join one that happens to run on this machine
+        options |= {"address": "local", "num_cpus": cores, "include_dashboard": False}
+    import ray
+
+    try:
+        check_that_cluster_answers()
+        with silenced_stderr():  # where its C++ code writes as it likes
+            return ray.init(**options)
+    except Exception as error:  # Ray raises anything here
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"Ray cannot start: {said}", status=1) from error
 
 
 def check_that_cluster_answers() -> None:

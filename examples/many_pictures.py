@@ -18,9 +18,11 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
-import deepstyle  # noqa: E402, it is not installed but lies above
+from deepstyle_app.command import Parser  # noqa: E402, it is not installed but lies above
+from deepstyle_app.workers import start_ray  # noqa: E402
 from deepstyle_support.limits import usable_cores  # noqa: E402
 from deepstyle_support.messages import UserError, printable, say, tell  # noqa: E402
+from deepstyle_support.settings import Settings  # noqa: E402
 
 
 def paint(content: str, style: str, out: str, threads: int, options: dict) -> str:
@@ -75,14 +77,9 @@ def jobs_in(path: Path, results: Path) -> tuple[list[tuple[str, str, str, str]],
 
 def paint_all(jobs: list[tuple[str, str, str, str]], threads: int, workers: int, options: dict) -> int:
     """Paint them all, and say how each ended. Returns how many failed. Raises UserError if Ray cannot start."""
+    start_ray(threads * workers)
     import ray
 
-    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
-    here = {} if on_cluster else {"num_cpus": threads * workers, "include_dashboard": False}
-    try:
-        ray.init(log_to_driver=False, logging_level="ERROR", **here)
-    except Exception as error:  # Ray raises anything here
-        raise UserError(f"Ray cannot start: {' '.join(str(error).split())}", status=1) from error
     failed = 0
     try:
         task = ray.remote(num_cpus=threads, max_calls=1, max_retries=1)(paint)
@@ -105,7 +102,7 @@ def paint_all(jobs: list[tuple[str, str, str, str]], threads: int, workers: int,
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = deepstyle.Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("jobs", type=Path, help="a text file, a line per picture: CONTENT STYLE")
     parser.add_argument("results", type=Path, help="the folder for the pictures")
     parser.add_argument("--workers", type=int, default=1, help="jobs at a time on this machine, which share its cores")
@@ -118,7 +115,7 @@ def command_line() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """All of the list. Returns how many lines failed. Raises UserError for what is wrong before any is begun."""
     options = {name: getattr(arguments, name) for name in ("image_size", "num_iter", "weights")}
-    deepstyle.Settings(**options)
+    Settings(**options)
     if arguments.workers < 1:
         raise UserError("--workers must be 1 or more")
     if os.path.exists(arguments.results) and not os.path.isdir(arguments.results):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -72,6 +73,19 @@ def test_what_is_wrong_with_a_list_of_pictures_is_said_before_anything_is_made(
     assert said in error
     assert error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["jobs.txt", "loop.txt"]
+
+
+def test_a_cluster_that_is_not_there_is_one_line_for_a_list_as_well(picture_files, tmp_path):
+    (tmp_path / "jobs.txt").write_text(" ".join(picture_files))
+    script = IMAGES.parent / "examples" / "many_pictures.py"
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # so that nobody else can
+        environment = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{nobody.getsockname()[1]}"}
+        command = [sys.executable, str(script), "jobs.txt", "results"]
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("deepstyle: error: Ray cannot start: nobody answers at 127.0.0.1:")
+    assert ended.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
