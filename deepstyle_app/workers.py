@@ -95,7 +95,7 @@ class Workers:
         self.began, on_sigterm = True, signal.getsignal(signal.SIGTERM)
         with signals_kept_from_children():
             context = start_ray(usable_cores())
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process without a word
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler ends the process without a word
         self.logs = None if on_cluster() else Path(context.address_info["session_dir"], "logs")
         import ray
 
@@ -270,9 +270,9 @@ def start_ray(cores: int) -> Any:
         os.environ.update(IMPATIENT | os.environ)
     else:  # "local", since Ray would else join one that happens to run on this machine
         options |= {"address": "local", "num_cpus": cores, "include_dashboard": False}
-    import ray
-
     try:
+        import ray
+
         check_that_cluster_answers()
         with silenced_stderr():  # where its C++ code writes as it likes
             return ray.init(**options)
@@ -323,7 +323,8 @@ def threads_each(workers: int, machines: list[dict[str, float]]) -> int:
         )
 
     if room(1) < workers:
-        raise UserError(f"--workers is {workers}; there are {room(1)} {'GPUs' if on_gpus else 'CPU cores'} for them")
+        there = counted(room(1), "GPU" if on_gpus else "CPU core")
+        raise UserError(f"--workers is {workers}; Ray has {there} for them")
     most = max(int(machine.get("CPU", 0)) for machine in machines)
     return next(threads for threads in range(most, 0, -1) if room(threads) >= workers)
 
@@ -350,7 +351,8 @@ def workers_for(job: Job) -> Workers:
     if os.path.isdir(job.content):
         raise UserError(f"'{job.content}' is a folder; --workers shares out one photo's tiles")
     if not on_cluster() and number > usable_cores():
-        raise UserError(f"--workers is {number}; this machine has {usable_cores()} CPU cores for them")
+        cores = counted(usable_cores(), "CPU core")
+        raise UserError(f"--workers is {number}; this machine has {cores} for them")
     if job.settings.tile == "off":
         raise UserError(f"--tile is off; {number} workers need tiles to share")
     if not importlib.util.find_spec("ray"):

@@ -418,11 +418,11 @@ def test_without_ray_it_says_what_brings_it(picture_files, tmp_path, monkeypatch
 def test_each_worker_has_as_many_cores_as_leave_room_for_all_and_a_gpu_where_there_are_any():
     machines = [{"CPU": 16.0}, {"CPU": 8.0}]
     assert [sharing.threads_each(n, machines) for n in (1, 2, 3, 4, 24)] == [16, 8, 8, 5, 1]
-    with pytest.raises(UserError, match="--workers is 25; there are 24 CPU cores for them"):
+    with pytest.raises(UserError, match="--workers is 25; Ray has 24 CPU cores for them"):
         sharing.threads_each(25, machines)
     machines = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}, {"CPU": 4.0, "GPU": 4.0}]
     assert [sharing.threads_each(n, machines) for n in (1, 2, 3, 6)] == [16, 8, 4, 1]
-    with pytest.raises(UserError, match="--workers is 7; there are 6 GPUs for them"):
+    with pytest.raises(UserError, match="--workers is 7; Ray has 6 GPUs for them"):
         sharing.threads_each(7, machines)
 
 
