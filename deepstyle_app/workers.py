@@ -277,8 +277,15 @@ def start_ray(cores: int) -> Any:
         with silenced_stderr():  # where its C++ code writes as it likes
             return ray.init(**options)
     except Exception as error:  # Ray raises anything here
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"Ray cannot start: {said}", status=1) from error
+        raise UserError(f"Ray cannot start: {why_not(error)}", status=1) from error
+
+
+def why_not(error: BaseException) -> str:
+    """What Ray says, in a line, with the first sentence of what it was caused by: a traceback, as a text."""
+    said = [" ".join(str(error).split()) or type(error).__name__]
+    if cause := str(error.__cause__ or "").strip():
+        said.append(cause.splitlines()[-1].partition(". ")[0])
+    return "; ".join(said)
 
 
 def check_that_cluster_answers() -> None:
@@ -301,7 +308,7 @@ def check_that_cluster_answers() -> None:
         socket.create_connection((host, int(parts[2])), ANSWER).close()
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or error
-        raise ConnectionError(f"nobody answers at {address}, which RAY_ADDRESS names: {why}") from error
+        raise ConnectionError(f"nobody answers at {address}, which RAY_ADDRESS names: {why}") from None
 
 
 def backend() -> str:

@@ -457,3 +457,13 @@ def test_the_plan_counts_every_worker(monkeypatch):
         plan_memory(size, settings, workers=40)
     monkeypatch.setattr(memory, "free_memory", lambda cap: (100e9, 8e9))  # each has a GPU of its own
     assert plan_memory(size, settings, workers=40).tile == 512
+
+
+def test_why_ray_does_not_start_is_said_with_its_cause_in_one_line():
+    failure = ConnectionError("Failed to connect to Ray cluster\nat 192.0.2.2:6379")
+    assert sharing.why_not(failure) == "Failed to connect to Ray cluster at 192.0.2.2:6379"
+    failure.__cause__ = RuntimeError(
+        "Traceback:\n  File ...\nAuthenticationError: the token is missing. Note: a page of it\n\n"
+    )
+    assert sharing.why_not(failure).endswith(" at 192.0.2.2:6379; AuthenticationError: the token is missing")
+    assert sharing.why_not(OSError()) == "OSError"
