@@ -58,7 +58,8 @@ class Batch:
     thing: str = "photo"  # what one of them is called
     debug: bool = False
     _no_page: str = ""  # why the latest page could not be written, in words
-    _failed: dict[str, str] = dataclasses.field(default_factory=dict)  # what is wrong, by what it is wrong with
+    # What is wrong, by what it is wrong with, and with which of them first.
+    _failed: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
     _owners: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
 
     def left(self) -> list[Task]:
@@ -98,7 +99,7 @@ class Batch:
         name = printable(name or tasks[0].name)
         for task in tasks:
             task.failure = task.failure or why
-        self._failed[name] = why
+        self._failed[name] = self.tasks.index(tasks[0]), why
         tell(f"{name} fails: {why}")
 
     def name_of(self, task: Task) -> str:
@@ -149,7 +150,7 @@ class Batch:
             done = sum(task.is_done for task in self.tasks)
             of = f"{done} of {self.counted(len(self.tasks))}"
             tell(f"{of} are done; the same command with --resume does what is not")
-        for name, why in self._failed.items():
+        for name, (_, why) in sorted(self._failed.items(), key=lambda failed: failed[1][0]):
             tell(f"failed: {name}: {why}")
         if self._no_page:
             tell(f"no page of the {self.thing}s: {self._no_page}")

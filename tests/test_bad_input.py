@@ -137,7 +137,7 @@ ROWS = [
     ([RUN[0], "none.jpg", RUN[2]], "cannot read the picture 'none.jpg': No such file or directory"),
     (["", *RUN[1:]], "cannot read the picture ''"),
     (["folder", *RUN[1:]], "there is no picture in the folder 'folder'"),
-    ([RUN[0], "folder", RUN[2]], "cannot read the picture 'folder': Is a directory"),
+    ([RUN[0], "folder", RUN[2]], "there is no picture in the folder 'folder'"),
     (["good.png/x.png", *RUN[1:]], "cannot read the picture 'good.png/x.png': Not a directory"),
     (["x" * 300, *RUN[1:]], "File name too long"),
     (["loop.png", *RUN[1:]], "cannot read the picture 'loop.png': Too many levels of symbolic links"),

@@ -91,7 +91,7 @@ def test_what_fails_is_told_at_the_end_and_stops_nothing(photos, tmp_path, capsy
 
 
 def test_a_page_that_cannot_be_written_is_told_and_stops_nothing(photos, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("deepstyle_app.folder.write_index", lambda *given: 1 / 0)
+    monkeypatch.setattr("deepstyle_app.batch.write_index", lambda *given: 1 / 0)
     assert paint(photos, "--report", "a.html") == 1
     assert "deepstyle: no page of the photos: ZeroDivisionError" in capsys.readouterr().err
     assert all((tmp_path / "out" / name / LAST).exists() for name in ("a.jpg", "b c.png"))
@@ -280,7 +280,7 @@ def test_a_log_and_an_animation_go_beside_each_photos_pictures(photos, tmp_path,
         assert {"losses.csv", "all.gif"} < {*names(tmp_path / "out" / name)}
     for flag, path in (("--log", "logs/a.csv"), ("--animation", "/tmp/a.gif"), ("--tensorboard", "..")):
         assert paint(photos, flag, path, out="none") == 2
-        assert f"{flag} is '{path}'; with a folder of photos each gets its own" in capsys.readouterr().err
+        assert f"{flag} is '{path}'; of many pictures each gets its own" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
@@ -316,7 +316,7 @@ def test_folders_in_it_are_passed_over_and_the_results_may_be_one(photos, capsys
 @pytest.mark.parametrize(
     ("flags", "out", "said"),
     [
-        ([], "photos", "is the folder of the photos; the results need another one"),
+        ([], "photos", "is the folder of the pictures; the results need another one"),
         ([], "style.png", "style.png' is a file"),
         (["--style_masks", "none.png"], "out", "cannot read the picture 'none.png'"),
         (["--style_weight", "1", "2"], "out", "--style_weight has 2 weights for 1 styles"),

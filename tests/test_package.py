@@ -137,7 +137,7 @@ def test_a_command_that_is_printed_is_one_that_works_where_it_is_printed(monkeyp
 
 def test_the_installed_program_imports_nothing_of_the_checkout(installed, tmp_path):
     code = (
-        "import sys, deepstyle_app.start, deepstyle_app.command, deepstyle_app.report, deepstyle_app.workers;"
+        "import sys, deepstyle_app.start, deepstyle_app.command, deepstyle_app.report, deepstyle_app.crew;"
         "print(*(module.__file__ for name, module in sys.modules.items() if name.startswith('deepstyle')), sep='\\n')"
     )
     found = [Path(line) for line in outside([installed / "python", "-I", "-c", code], tmp_path)]
