@@ -12,6 +12,7 @@ usage: sh run.sh CONTENT STYLE [OUTDIR] [flags for deepstyle.py ...]
 CONTENT and STYLE are pictures, looked for as given and then in images/.
 The results are OUTDIR/result_image_at_iteration_N.png (OUTDIR: result_image/).
 CONTENT may be a folder of photos: then they are in OUTDIR/PHOTO/ for each.
+STYLE may be a folder of styles: OUTDIR/STYLE/, or OUTDIR/PHOTO/STYLE/.
 --setup only makes the environment and prints the path of its interpreter.
 DEEPSTYLE_PYTHON names the Python interpreter to use (3.10 to 3.13).
 The flags are in the README; "$(sh run.sh --setup)" deepstyle.py --help prints them.
