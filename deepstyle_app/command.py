@@ -48,7 +48,7 @@ def command_line() -> Parser:
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=36),
     )
     parser.add_argument("content", metavar="CONTENT", help="the photo to paint, or a folder of photos")
-    parser.add_argument("style", metavar="STYLE", nargs="+", help="the picture to take the style from, or a folder of them")
+    parser.add_argument("style", metavar="STYLE", nargs="+", help="the style's picture, or a folder of them")
     parser.add_argument("prefix", metavar="PREFIX", help="pictures are PREFIX_at_iteration_N.png; or a folder")
     for title, members in itertools.groupby(dataclasses.fields(Settings), lambda field: field.metadata["group"]):
         group = parser.add_argument_group(title)
@@ -96,7 +96,7 @@ def add_manners(group: argparse._ArgumentGroup) -> None:
     earlier.add_argument("--resume", action="store_true", help="go on where an earlier run of this PREFIX ended")
     earlier.add_argument("--overwrite", action="store_true", help="replace an earlier run; else it is moved aside")
     whole = functools.partial(value_of, int)
-    group.add_argument("--workers", metavar="N", type=whole, default=1, help="so many share the work: for GPUs, clusters, folders (1)")
+    group.add_argument("--workers", metavar="N", type=whole, default=1, help="so many share the work (1)")
     group.add_argument("--allow_large", action="store_true", help="read pictures over Pillow's limit")
     group.add_argument("--quiet", action="store_true", help="say nothing but errors")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")

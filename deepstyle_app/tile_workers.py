@@ -63,6 +63,7 @@ class WorkersEngine(Engine):
 
         if not self.crew.start:
             self.crew.employ(TileWorker, ray.put(self.weights), self.padding)
+            self.weights = {}  # in Ray's store now
         tiled, (x, *rest) = compute.__self__, given  # type: ignore[attr-defined]
         sent = self._send_tiled(tiled), self._send_x(x), *map(ray.put, rest)
         return self._map(tiles, compute.__func__, *sent)  # type: ignore[attr-defined]

@@ -45,6 +45,7 @@ class Engine:
     def map(self, tiles: list[Tile], compute: Callable, *given: Any) -> Iterator[Any]:
         """compute(network, tile, *given) of each tile in their order; `compute` is a method of TiledLoss."""
         network = self.cache.get("the network", lambda: on_device(self.weights, self.padding))
+        self.weights = {}  # as large as the network, and not needed any more
         return (compute(network, tile, *given) for tile in tiles)
 
     def is_repeatable(self) -> bool:
