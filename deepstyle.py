@@ -41,9 +41,9 @@ from deepstyle_support.engine import Engine
 from deepstyle_support.images import MEAN_BGR, enlarge, from_input_space, resize, to_input_space
 from deepstyle_support.lbfgs import Curvature, device_lbfgs
 from deepstyle_support.masks import Place, mask_on_grid, masks_at_places, opaque_at_places
-from deepstyle_support.memory import MIN_SIDE, Plan, held_beside, plan_memory, plan_or_advice, smaller_tile
+from deepstyle_support.memory import MIN_SIDE, Plan, overhead_of, plan_memory, plan_or_advice, smaller_tile
 from deepstyle_support.messages import UserError
-from deepstyle_support.pictures import Pictures, laid, numbered, read_start, several
+from deepstyle_support.pictures import Pictures, numbered, on_background, read_start, several
 from deepstyle_support.reading import read_picture as read_picture
 from deepstyle_support.settings import EVALUATIONS_PER_ITERATION, Settings, weights_of_styles
 from deepstyle_support.tiles import Tile, tiles_of
@@ -266,7 +266,7 @@ class TiledLoss:
         """The term of this name alone."""
         return dataclasses.replace(self, terms=tuple(term for term in self.terms if term.name == name))
 
-    def own_features(self, network: dict, tile: Tile, x: Tensor, layers: Collection[str]) -> dict[str, np.ndarray]:
+    def interior_features(self, network: dict, tile: Tile, x: Tensor, layers: Collection[str]) -> dict[str, np.ndarray]:
         """{layer: (h, w, C)} at the tile's own positions. x: (H, W, 3) in input space, the whole picture."""
         found = features(tile.of(x), network, layers, self.pool_type)
         return {layer: as_array(f[tile.at(stride(layer)).within]) for layer, f in found}
@@ -301,7 +301,7 @@ class TiledLoss:
         """(h, w, 1): how much each position of the tile's window counts; None where all count the same."""
         step = stride(place.layer)
         mask = masks[place][tile.at(step).window] if place in masks else None
-        if tile.own == tile.window:
+        if tile.interior == tile.window:
             return mask
         return tile.mask(step) if mask is None else mask * tile.mask(step)
 
@@ -362,7 +362,7 @@ class Objective:
         **options: Any,
     ):
         settings = Settings(**options, weights=None if isinstance(weights, dict) else weights)
-        pictures = Pictures(*laid(content, style, settings.background), several(style_masks), content_mask)
+        pictures = Pictures(*on_background(content, style, settings.background), several(style_masks), content_mask)
         if not isinstance(weights, dict):
             weights, _ = load_weights(settings.weights, settings.seed, settings.model)
         engine = Engine(Plan(settings.tile_pixels, settings.history), weights, settings.padding)
@@ -471,9 +471,9 @@ class Objective:
             for layer in layers
         }
         tiles = self._tiles(self.size, layers)
-        for tile, own in zip(tiles, self.engine.map(tiles, self.tiled.own_features, x, layers), strict=True):
+        for tile, own in zip(tiles, self.engine.map(tiles, self.tiled.interior_features, x, layers), strict=True):
             for layer, f in own.items():
-                found[layer][tile.at(stride(layer)).own] = f
+                found[layer][tile.at(stride(layer)).interior] = f
         return found
 
     def _style_targets(self, styles: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
@@ -838,15 +838,15 @@ def planned(
 ) -> Plan:
     """The plan for painting them. Raises UserError if they do not fit, with the size that does.
 
-    plan: as plan_memory, given a size, settings and what is held; bytes_kept: what whoever saves the pictures keeps.
+    plan: as plan_memory, given a size, settings and the overhead; bytes_kept: what whoever saves the pictures keeps.
     """
 
     def plan_at(image_size: int) -> Plan:
         stages = stages_of(pictures, dataclasses.replace(settings, image_size=image_size))
         full = stages[-1]
         saved = saved_size(pictures, full.settings)
-        held = held_beside(pictures.named(), full.size, saved, full.style_sizes, full.settings)
-        return plan(full.size, full.settings, held._replace(kept=held.kept + bytes_kept(stages)))
+        overhead = overhead_of(pictures.named(), full.size, saved, full.style_sizes, full.settings)
+        return plan(full.size, full.settings, overhead._replace(kept=overhead.kept + bytes_kept(stages)))
 
     return plan_or_advice(settings.image_size, plan_at)
 
@@ -890,7 +890,7 @@ def stylize(
     command does it. Raises UserError for what the caller can mend.
     """
     settings = Settings(**options)
-    contents, styles = laid(content, style, settings.background)
+    contents, styles = on_background(content, style, settings.background)
     pictures = Pictures(contents, styles, several(style_masks), content_mask, color_mask, read_start(settings))
     plan = planned(pictures, settings)
     check_agreement(pictures, settings)  # after the plan: masks of a size that is too large would fill the memory

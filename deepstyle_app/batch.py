@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from deepstyle_support.messages import UserError, counted, in_words, printable, tell
+from deepstyle_support.messages import UserError, counted, describe_error, notify, printable
 from deepstyle_support.reading import read_picture
 
 from .job import Job
@@ -92,7 +92,7 @@ class Batch:
         try:
             yield
         except Exception as error:
-            self.failed(tasks, printable(in_words(error, self.debug)), name)
+            self.failed(tasks, printable(describe_error(error, self.debug)), name)
 
     def failed(self, tasks: list[Task], why: str, name: str = "") -> None:
         """Show, and keep, why these pictures are not made."""
@@ -100,7 +100,7 @@ class Batch:
         for task in tasks:
             task.failure = task.failure or why
         self._failed[name] = self.tasks.index(tasks[0]), why
-        tell(f"{name} fails: {why}")
+        notify(f"{name} fails: {why}")
 
     def name_of(self, task: Task) -> str:
         """What to call the picture while it is painted."""
@@ -142,16 +142,16 @@ class Batch:
             cards = {tuple(task.names): None if task in waiting else task.card(job.report) for task in self.tasks}
             write_index(real(self.results / job.report), title_of(job.content, *job.style), cards, self.thing)
         except Exception as error:
-            self._no_page = in_words(error, self.debug)
+            self._no_page = describe_error(error, self.debug)
 
     def end(self, status: int = 0) -> int:
         """Show what is not done, and why. Returns the exit status, which is `status` unless that is 0."""
         if self._failed or status:
             done = sum(task.is_done for task in self.tasks)
             of = f"{done} of {self.counted(len(self.tasks))}"
-            tell(f"{of} are done; the same command with --resume does what is not")
+            notify(f"{of} are done; the same command with --resume does what is not")
         for name, (_, why) in sorted(self._failed.items(), key=lambda failed: failed[1][0]):
-            tell(f"failed: {name}: {why}")
+            notify(f"failed: {name}: {why}")
         if self._no_page:
-            tell(f"no page of the {self.thing}s: {self._no_page}")
+            notify(f"no page of the {self.thing}s: {self._no_page}")
         return status or int(bool(self._failed or self._no_page))

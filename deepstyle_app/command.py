@@ -8,7 +8,7 @@ import sys
 from typing import Any, NoReturn
 
 from deepstyle import __version__
-from deepstyle_support.messages import Stream, UserError, answer, in_words, tell, words
+from deepstyle_support.messages import Stream, UserError, answer, as_typed, describe_error, notify
 from deepstyle_support.settings import Settings
 from deepstyle_support.values import ON_OFF, name_of, value_of
 
@@ -85,7 +85,7 @@ def add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field) -> Non
         default=default,
         type=str if default is None else functools.partial(value_of, kind),
         metavar=field.metadata["metavar"],
-        help=field.metadata["help"] + ("" if default is None else f" ({words(default)})"),
+        help=field.metadata["help"] + ("" if default is None else f" ({as_typed(default)})"),
         **options,
     )
 
@@ -123,8 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as ending:  # --help and --version
         return int(ending.code or 0)
     except KeyboardInterrupt:
-        tell("interrupted; the same command with --resume goes on from what is saved")
+        notify("interrupted; the same command with --resume goes on from what is saved")
         return 130
     except Exception as error:
-        tell(f"error: {in_words(error, debug)}")
+        notify(f"error: {describe_error(error, debug)}")
         return error.status if isinstance(error, UserError) else 1

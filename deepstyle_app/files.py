@@ -53,7 +53,7 @@ class Outputs:
 
     files: their names. stages: of the painting. shaped_by: all that decides its pictures, in words. before: what the
     run goes on from, if there is something; its picture is written at the end, if it is missing and none comes after
-    it. say: shows what else there is to say.
+    it. notify: shows what else there is to say.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class Outputs:
         stages: list[Stage],
         shaped_by: dict[str, str],
         before: Saved | None,
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
     ):
-        self.files, self.stages, self.before, self.say = files, stages, before, say
+        self.files, self.stages, self.before, self.notify = files, stages, before, notify
         self.shaped_by = before.shaped_by if before else shaped_by
         self.full_size = stages[-1].size
         self.record = self._record_before() if before else Record()
@@ -155,7 +155,7 @@ class Outputs:
         """Write the rows that the log lacks, and what TensorBoard's events lack."""
         rows, files = self.record.rows, self.files
         if not rows and (files.log or files.tensorboard):
-            self.say("an earlier version wrote the state, which does not tell the losses before at each layer")
+            self.notify("an earlier version wrote the state, which does not tell the losses before at each layer")
         if rows and files.log and not is_logged(files.log, rows):
             write_log(real(files.log), rows)
             self._made_up.append(files.log)
@@ -186,7 +186,7 @@ class Outputs:
         totals = {stage.size: stage.iterations for stage in self.stages}
         self._report = report_of(real(path), facts, totals, start, taken)
         shown = {(one.size, one.number) for one in self._report.shown}
-        self._say_missing("report", [before[key] for key in keys if key not in shown])
+        self._notify_missing("report", [before[key] for key in keys if key not in shown])
         if self.before and not shows(path, self.before):
             self._report.write(is_exact(before[list(before)[-1]]))
             self._made_up.append(path)
@@ -197,17 +197,17 @@ class Outputs:
         frames = [resize(picture, start.shape[:2], "bicubic") for picture in earlier.values() if picture is not None]
         self._frames = [start, *frames]
         self._is_last_frame_partial = self.before is not None and self.before.state.partial
-        self._say_missing("animation", [before[key] for key, picture in earlier.items() if picture is None])
+        self._notify_missing("animation", [before[key] for key, picture in earlier.items() if picture is None])
 
     def _picture_before(self, key: Key, before: dict[Key, Path]) -> np.ndarray | None:
         """The picture that was saved of an iteration before; the last one can be made. None if it is not there."""
         picture = read_saved(before[key])
         return self._picture_of_before() if picture is None and key == list(before)[-1] else picture
 
-    def _say_missing(self, what: str, paths: list[Path]) -> None:
+    def _notify_missing(self, what: str, paths: list[Path]) -> None:
         more = f", nor can {len(paths) - 1} more" if len(paths) > 1 else ""
         if paths:
-            self.say(f"the {what} goes on without '{paths[0]}', which is not there or cannot be read{more}")
+            self.notify(f"the {what} goes on without '{paths[0]}', which is not there or cannot be read{more}")
 
     def _paths_before(self) -> dict[Key, Path]:
         """Where the pictures of the iterations before are, if they were saved; the last may be of a part."""

@@ -14,7 +14,7 @@ from deepstyle import check_agreement, picture_sizes, planned
 from deepstyle_support.cache import Cache
 from deepstyle_support.device import describe_device
 from deepstyle_support.memory import MIN_SIDE, TooLarge, free_memory, plan_memory
-from deepstyle_support.messages import UserError, tell, words
+from deepstyle_support.messages import UserError, as_typed, notify
 from deepstyle_support.pictures import Pictures
 from deepstyle_support.reading import shape_of
 from deepstyle_support.weights import load_weights
@@ -66,7 +66,7 @@ def run_many(job: Job) -> int:
     weights, source = load_weights(settings.weights, settings.seed, settings.model, job.quiet)
     with signals_as_requests() as received, batch.owned(job.report) as note:
         if note and not job.quiet:
-            tell(note)
+            notify(note)
         if job.workers > 1:
             from .photo_workers import run_by_workers  # only now: nobody else needs Ray
 
@@ -154,7 +154,7 @@ def check(job: Job, groups: list[Group], batch: Batch, free: tuple[float, float]
                 picture_sizes(shape_of(photo, job.allow_large), job.settings)
     passed_over = [*folders_in(job.content, batch.results), *folders_in(job.style[0], batch.results)]
     for folder, names in passed_over if not job.quiet else []:
-        tell(f"folders in '{folder}' are not looked into: {words(names)}")
+        notify(f"folders in '{folder}' are not looked into: {as_typed(names)}")
 
 
 def checked_others(job: Job, free: tuple[float, float]) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from deepstyle_support.messages import tell, words
+from deepstyle_support.messages import as_typed, notify
 from deepstyle_support.pictures import Pictures, read_start
 from deepstyle_support.reading import read_picture
-from deepstyle_support.transparency import laid_on
+from deepstyle_support.transparency import on_colour
 
 from .job import Job
 
@@ -18,7 +18,7 @@ def read_inputs(job: Job, others: dict[str, Any] | None = None) -> Pictures:
 
     others: what `read_others` returned, if all but the content have been read.
     """
-    content = laid_on(read_named(job.content, job), job.settings.background)
+    content = on_colour(read_named(job.content, job), job.settings.background)
     return Pictures(content, **(read_others(job) if others is None else others))
 
 
@@ -28,14 +28,14 @@ def read_others(job: Job) -> dict[str, Any]:
     read = functools.partial(read_named, job=job)
     read_mask = functools.partial(read, as_mask=True)
     others: dict[str, Any] = {
-        "styles": tuple(laid_on(read(path), settings.background) for path in job.style),
+        "styles": tuple(on_colour(read(path), settings.background) for path in job.style),
         "style_masks": tuple(map(read_mask, job.style_masks)),
         "content_mask": None if job.content_mask is None else read_mask(job.content_mask),
         "color_mask": None if job.color_mask is None else read_mask(job.color_mask),
         "start": read_start(settings, read),
     }
     if len(job.style) > len(settings.style_weight) and not job.quiet:
-        tell(f"the --style_weight {words(settings.style_weight)} is shared out among {len(job.style)} styles")
+        notify(f"the --style_weight {as_typed(settings.style_weight)} is shared out among {len(job.style)} styles")
     return others
 
 
@@ -43,5 +43,5 @@ def read_named(path: str, job: Job, as_mask: bool = False) -> np.ndarray:
     """The picture; the notes that there are of it are shown."""
     picture, notes = read_picture(path, job.allow_large, as_mask)
     for note in notes if not job.quiet else []:
-        tell(f"'{path}' {note}")
+        notify(f"'{path}' {note}")
     return picture

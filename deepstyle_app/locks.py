@@ -46,7 +46,7 @@ def folder_for(path: Path) -> Iterator[None]:
 def lock_of(path: Path) -> Iterator[str]:
     """Own what is written at this path, by whatever name another process has it. A killed one does not hold it.
 
-    Yields what the person is to be told, if anything: some file systems have no locks. Raises UserError if another
+    Yields a note for the person, if there is one: some file systems have no locks. Raises UserError if another
     process owns it.
     """
     file = lock_file(path)
@@ -59,8 +59,8 @@ def lock_of(path: Path) -> Iterator[str]:
     try:
         with in_folder(path.parent):
             lock.acquire(timeout=0.1)
-    except Timeout as held:
-        raise UserError(f"another run is writing '{path}'; wait for its end, or choose another name") from held
+    except Timeout as timeout:
+        raise UserError(f"another run is writing '{path}'; wait for its end, or choose another name") from timeout
     try:
         yield ""
     finally:

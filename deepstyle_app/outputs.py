@@ -16,7 +16,7 @@ from deepstyle import Iteration, State
 from deepstyle_support.disk import write_whole
 from deepstyle_support.messages import UserError
 from deepstyle_support.profiles import srgb_profile
-from deepstyle_support.transparency import laid_on
+from deepstyle_support.transparency import on_colour
 
 
 def log_rows(iteration: Iteration) -> list[str]:
@@ -179,7 +179,7 @@ def with_text(about: str) -> dict[str, Any]:
 def with_alpha_that_shows(frame: np.ndarray, kind: str, channels: int) -> np.ndarray:
     """A frame with what this kind of file can have of its alpha, in files whose first frame has 3 or 4 channels."""
     if channels == 3 or kind == ".mp4":
-        return laid_on(frame, "white")
+        return on_colour(frame, "white")
     frame = np.array(Image.fromarray(frame).convert("RGBA"))  # one that was saved, and turned out opaque, lacks it
     if kind == ".gif":
         frame[..., 3] = np.where(frame[..., 3] > 127, 255, 0)

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deepstyle import Stage, saved_size
-from deepstyle_support.memory import held_for_animation
+from deepstyle_support.memory import animation_bytes
 from deepstyle_support.messages import UserError, counted
 
 from .job import Job
 from .locks import folder_for, lock_file, lock_of
 from .outputs import MAX_SIDE, check_animation
-from .report import held_for_report
+from .report import report_bytes
 from .state import EVENTS, Record, read_record
 
 
@@ -106,9 +106,9 @@ class RunFiles:
         kept = 0
         if self.animation:
             channels = full.pictures.content.shape[2]
-            kept += held_for_animation(saved_size(full.pictures, full.settings), channels, pictures)
+            kept += animation_bytes(saved_size(full.pictures, full.settings), channels, pictures)
         if self.report:
-            kept += held_for_report(full.size, pictures)
+            kept += report_bytes(full.size, pictures)
         return kept
 
     def check(self, inputs: list[str], size: tuple[int, int], bytes_of_curvature: int = 0) -> None:
@@ -185,16 +185,16 @@ class RunFiles:
     def owned(self) -> Iterator[str]:
         """Make the folders, and let no other run write here. Where nothing is written, nothing is left of them.
 
-        Yields what the person is to be told, if anything. Raises UserError if another run writes here, if the folders
+        Yields a note for the person, if there is one. Raises UserError if another run writes here, if the folders
         cannot be made, or if something is there that is not this run's.
         """
         paths = [path / "events" if path == self.tensorboard else path for path in (self.base, *self.extras.values())]
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as locks:
             for path in paths:
-                held.enter_context(folder_for(path))
+                locks.enter_context(folder_for(path))
             # In one order: of two runs with the same files at once, one gets them all.
             in_order = sorted({real(path): path for path in paths}.items())
-            notes = [held.enter_context(lock_of(path)) for _, path in in_order]
+            notes = [locks.enter_context(lock_of(path)) for _, path in in_order]
             self.check_extras_are_ours()
             meant = [real(path) for path in self.extras.values() if path != self.tensorboard]
             for folder in {path.parent for path in (real(self.base), *meant)}:

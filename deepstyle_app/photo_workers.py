@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from deepstyle_support.cache import Cache
 from deepstyle_support.limits import usable_cores
 from deepstyle_support.memory import RAY, free_memory
-from deepstyle_support.messages import in_words, printable, say, tell
+from deepstyle_support.messages import describe_error, notify, print_line, printable
 from deepstyle_support.weights import Weights
 
 from .batch import Batch, Task
@@ -52,7 +52,7 @@ class PhotoWorker:
                 shared = Shared(others, self._free(job), self.weights, self.cache, self.received)
                 ending = run(job, shared, name)
             except Exception as error:
-                failure = printable(in_words(error, job.debug))
+                failure = printable(describe_error(error, job.debug))
         return Outcome(ending, failure, out.getvalue(), err.getvalue(), time.perf_counter() - began)
 
     def stop(self, number: int) -> None:
@@ -133,7 +133,7 @@ class Sharing:
                 raise result
             for text, where in ((result.out, "stdout"), (result.err, "stderr")):
                 if text and not (where == "stdout" and self.job.quiet):
-                    say(text.rstrip("\n"), where)
+                    print_line(text.rstrip("\n"), where)
             if result.failure:
                 self.batch.failed([task], result.failure)
             else:
@@ -146,7 +146,7 @@ class Sharing:
         if task in self.retried:
             self.batch.failed([task], "two workers have died of it; --debug without --workers may show why")
             return
-        tell(f"{self.batch.name_of(task)}its worker died; another one takes it over")
+        notify(f"{self.batch.name_of(task)}its worker died; another one takes it over")
         self.retried.add(task)
         # A state that was there before is another run's, which is gone on with only if the person has asked for it.
         if RunFiles.of(task.job).record().run != self.runs_before[task]:

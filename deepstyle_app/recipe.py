@@ -13,7 +13,7 @@ from PIL import Image
 from deepstyle import __version__
 from deepstyle_support.backend import import_keras
 from deepstyle_support.memory import Plan
-from deepstyle_support.messages import UserError, printable, words
+from deepstyle_support.messages import UserError, as_typed, printable
 from deepstyle_support.reading import harmless
 from deepstyle_support.rounding import computed_with, what_differs
 
@@ -83,7 +83,7 @@ class Recipe:
         command = [*program(), *map(as_argument, [*self.pictures, self.prefix])]
         for name, value in (self.settings | self.masks).items():
             default = defaults.get(name)
-            if value is not None and (default is None or words(value) != words(default)):
+            if value is not None and (default is None or as_typed(value) != as_typed(default)):
                 command += [f"--{name}", *map(as_argument, value if isinstance(value, list | tuple) else [value])]
         command += ["--workers", str(self.workers)] * (self.workers > 1)
         command += ["--allow_large"] * self.allow_large

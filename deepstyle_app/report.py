@@ -22,7 +22,7 @@ from PIL import Image
 
 from deepstyle import Iteration, State
 from deepstyle_support.disk import write_whole
-from deepstyle_support.messages import UserError, counted, words
+from deepstyle_support.messages import UserError, as_typed, counted
 from deepstyle_support.settings import Settings
 
 from .recipe import Recipe, how_close
@@ -112,7 +112,7 @@ def facts_of(recipe: Recipe, inputs: dict[str, np.ndarray], side: int, run: str 
         "run": run,
         "title": title_of(*recipe.pictures),
         "inputs": {name: (files.get(name, ""), encoded(picture, sides[name])) for name, picture in inputs.items()},
-        "settings": {name: (words(value), words(defaults[name])) for name, value in recipe.settings.items()},
+        "settings": {name: (as_typed(value), as_typed(defaults[name])) for name, value in recipe.settings.items()},
         "command": recipe.command(defaults),
     }
 
@@ -159,15 +159,15 @@ def taken_over(
             found.append(shown[key])
         elif (picture := read()) is not None:
             size, number = key
-            told = told_of(size, number, state, rows)
-            found.append(Shown(size, number, *told, state.partial and key == own, encoded(picture, SIDE)))
+            facts = facts_about(size, number, state, rows)
+            found.append(Shown(size, number, *facts, state.partial and key == own, encoded(picture, SIDE)))
     numbers = {(state.size, number) for number in range(1, len(state.losses))}
-    every = {key: told_of(*key, state, rows) for key in sorted(numbers | {*rows})}
+    every = {key: facts_about(*key, state, rows) for key in sorted(numbers | {*rows})}
     ends = {(size, evaluations): losses for (size, _), (evaluations, losses, _, _) in every.items()}
     return found, points_before(points, ends | {(state.size, 1): list(state.losses[0])}, state)
 
 
-def told_of(
+def facts_about(
     size: Size, number: int, state: State, rows: dict[tuple[Size, int], dict[str, str]]
 ) -> tuple[int, list[float], float, float]:
     """The evaluations, losses, improvement and seconds of an iteration up to `state`, as far as they are known."""
@@ -227,7 +227,7 @@ def encoded(picture: np.ndarray, side: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def held_for_report(size: Size, pictures: int) -> int:
+def report_bytes(size: Size, pictures: int) -> int:
     """Bytes that a report of so many pictures of (rows, columns) holds; 0 pictures: there is none."""
     shrunk = min(1.0, SIDE / max(size)) ** 2
     # A pixel of a painting takes up to 2 bytes in base64; the page holds them once, and once more when it is written.

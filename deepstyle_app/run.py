@@ -24,9 +24,9 @@ from deepstyle import (
 from deepstyle_support.backend import import_keras
 from deepstyle_support.cache import Cache
 from deepstyle_support.engine import Engine
-from deepstyle_support.lbfgs import kept_bytes
+from deepstyle_support.lbfgs import curvature_bytes
 from deepstyle_support.memory import plan_memory
-from deepstyle_support.messages import printable, tell
+from deepstyle_support.messages import notify, printable
 from deepstyle_support.pictures import Pictures
 from deepstyle_support.rounding import computed_with
 from deepstyle_support.settings import EVALUATIONS_PER_ITERATION, Settings
@@ -135,7 +135,7 @@ def workers_of(job: Job) -> "TileWorkers | None":
 
 def bytes_of_curvature(full: Stage, history: int) -> int:
     """What of the optimiser's curvature is written when a run ends; of SciPy's none is known."""
-    return kept_bytes(full.size, history) if full.settings.optimizer == "device" else 0
+    return curvature_bytes(full.size, history) if full.settings.optimizer == "device" else 0
 
 
 def what_shapes(pictures: Pictures, settings: Settings, weights: Weights) -> dict[str, str]:
@@ -200,22 +200,22 @@ def run(job: Job, shared: Shared | None = None, name: str = "") -> Ending:
     """
     prepared = prepare(job, shared)
     files, engine = prepared.files, prepared.engine
-    console, say = console_for(job.quiet), (lambda line: None) if job.quiet else tell
+    console, show_note = console_for(job.quiet), (lambda line: None) if job.quiet else notify
     with (
         signals_as_requests(shared.received if shared else None) as received,
         files.owned() as note,
         contextlib.closing(engine),
     ):
         if note and not shared:
-            say(note)
+            show_note(note)
         defaults = Settings().decisive()
         before = read_state(files.state_path, prepared.shaped_by, defaults) if job.resume else None
-        outputs = Outputs(files, prepared.stages, prepared.shaped_by, before, say)
+        outputs = Outputs(files, prepared.stages, prepared.shaped_by, before, show_note)
         if before and (nothing := why_nothing_to_do(before, prepared.stages[-1])):
             return end_at_once(prepared, outputs, nothing if not shared else "")
         device = "" if received else engine.start()  # which takes seconds
         if received:
-            tell(f"{name}stopped before the painting began")
+            notify(f"{name}stopped before the painting began")
             return Ending(128 + received[0], painted=False)
         if not before and (moved := files.clear_the_way(job.overwrite)):
             console.print(printable(moved) if shared else moved)
@@ -226,7 +226,7 @@ def run(job: Job, shared: Shared | None = None, name: str = "") -> Ending:
         last = painting.run()
         state = before.state if before else None
         if received:
-            tell(name + describe_stop(last, state, prepared.stages[-1].size))
+            notify(name + describe_stop(last, state, prepared.stages[-1].size))
             return Ending(128 + received[0], painted=True)
     full = state if state and state.size == prepared.stages[-1].size else None
     done = full.iteration if full else 0
@@ -264,7 +264,7 @@ def end_at_once(prepared: Prepared, outputs: Outputs, why: str) -> Ending:
         console = console_for(job.quiet)
         for path in paths:
             console.print(f"saved {path}")
-        tell(f"nothing to do: {why}")
+        notify(f"nothing to do: {why}")
     return Ending(0, False, state.losses[-1].total, prepared.files.latest_picture(state.iteration))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 from deepstyle import Iteration
-from deepstyle_support.messages import reason, tell
+from deepstyle_support.messages import notify, reason
 
 
 def save_all(
@@ -36,10 +36,10 @@ def save_all(
                     unsaved = error
                     raise
     except BaseException as first:
-        say_besides(first, unsaved, failure_of(finish))
+        notify_also(first, unsaved, failure_of(finish))
         raise
     if was_stopped():
-        say_besides(None, failure_of(finish_and_show))
+        notify_also(None, failure_of(finish_and_show))
     else:
         finish_and_show()
     return last
@@ -54,9 +54,9 @@ def failure_of(act: Callable[[], object]) -> Exception | None:
     return None
 
 
-def say_besides(first: BaseException | None, *others: Exception | None) -> None:
+def notify_also(first: BaseException | None, *others: Exception | None) -> None:
     """Say what went wrong after `first`, which whoever it is raised to says, unless that is the same."""
     known = reason(first) if first else ""
     for said in dict.fromkeys(reason(error) for error in others if error):
         if said != known:
-            tell(f"besides, {said}")
+            notify(f"besides, {said}")

@@ -47,12 +47,12 @@ class Record:
         if not self.run or path.name.startswith(EVENTS):
             return True
         try:
-            held = path.read_bytes() if path.is_file() else None
+            contents = path.read_bytes() if path.is_file() else None
         except OSError:
             return False
         # A row without the size, which is not in a log by 0.2.0.
         marks = [self.run.encode(), *(row.split(",", 2)[2].encode() for row in self.rows[1:])]
-        return held is not None and (not held or any(mark in held for mark in marks))
+        return contents is not None and (not contents or any(mark in contents for mark in marks))
 
     def logged(self) -> list[dict[str, str]]:
         """The rows of a log, by the names of the columns."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from deepstyle_support.backend import as_array, to_arrays
 from deepstyle_support.engine import Engine, on_device
-from deepstyle_support.memory import Held, Plan, plan_memory, shared_tile
+from deepstyle_support.memory import Overhead, Plan, plan_memory, shared_tile
 from deepstyle_support.messages import UserError
 from deepstyle_support.settings import Settings
 from deepstyle_support.tiles import Tile
@@ -126,16 +126,16 @@ class TileWorkers:
         if job.settings.tile == "off":
             raise UserError(f"--tile is off; {job.workers} workers need tiles to share")
 
-    def plan(self, size: Size, settings: Settings, held: Held) -> Plan:
+    def plan(self, size: Size, settings: Settings, overhead: Overhead) -> Plan:
         """The plan for so many workers, with tiles that keep all of them busy. Raises TooLarge as `plan_memory`.
 
         What each machine of a cluster has is not known before Ray is: the plan is for one worker beside this process.
         """
         workers = self.crew.number
         here = 1 if on_cluster() else workers
-        plan = plan_memory(size, settings, held, None, here)
+        plan = plan_memory(size, settings, overhead, None, here)
         tile = shared_tile(size, plan.tile, workers, settings.model, kept=settings.tile != "auto")
-        return plan_memory(size, dataclasses.replace(settings, tile=str(tile)), held, None, here)
+        return plan_memory(size, dataclasses.replace(settings, tile=str(tile)), overhead, None, here)
 
     def engine(self, plan: Plan, weights: Weights, settings: Settings) -> WorkersEngine:
         return WorkersEngine(self.crew, plan, weights, settings)

@@ -33,7 +33,7 @@ ENVIRONMENT = {
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
-LEAST_TO_LOAD = 0.3e9  # bytes beside what is reserved: with TensorFlow less than 0.2 is too little, and 0.4 enough
+MIN_TO_LOAD = 0.3e9  # bytes beside what is reserved: with TensorFlow less than 0.2 is too little, and 0.4 enough
 
 
 def import_keras() -> ModuleType:
@@ -60,7 +60,7 @@ def import_keras() -> ModuleType:
 def expect_room(backend: str) -> None:
     """Raise UserError, status 1, if a ulimit leaves too little to load Keras: TensorFlow would end the process."""
     for name, left in left_by_ulimits().items():
-        if left < LEAST_TO_LOAD:
+        if left < MIN_TO_LOAD:
             raise UserError(f"'{name}' leaves too little memory to load Keras with {backend}; raise it", status=1)
 
 
@@ -74,19 +74,19 @@ def why_not_loaded(error: Exception, asked: str | None) -> UserError:
     if not asked:
         require_choice(f"the backend in '{path}'", backend, BACKENDS)
     said = str(error) or type(error).__name__
-    if isinstance(error, MemoryError) or any(words in said for words in ("failed to map segment", "llocate memory")):
+    if isinstance(error, MemoryError) or any(phrase in said for phrase in ("failed to map segment", "llocate memory")):
         limits = " or ".join(left_by_ulimits()) or "what else runs here"
         return UserError(f"memory ran out while Keras was loaded with {backend}: {said}; see to {limits}", status=1)
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing and missing not in BACKENDS:
         return UserError(f"Python has no package {missing}; 'sh run.sh' or 'pip install .' installs what is needed")
-    told = f"KERAS_BACKEND={backend}" if asked else f"{backend}, its backend"
+    named = f"KERAS_BACKEND={backend}" if asked else f"{backend}, its backend"
     other = "KERAS_BACKEND=tensorflow is what run.sh installs" if backend != BACKENDS[0] else "'sh run.sh' installs it"
     if missing:
-        return UserError(f"Keras cannot use {told}: Python has no package {missing}; {other}")
+        return UserError(f"Keras cannot use {named}: Python has no package {missing}; {other}")
     if isinstance(error, ImportError):
-        return UserError(f"Keras cannot use {told}: it is installed, but broken: {said}; {other}")
-    return UserError(f"Keras cannot use {told}, or its settings in '{path}': {said}; {other}")
+        return UserError(f"Keras cannot use {named}: it is installed, but broken: {said}; {other}")
+    return UserError(f"Keras cannot use {named}, or its settings in '{path}': {said}; {other}")
 
 
 def keras_settings() -> tuple[Path, dict[str, Any]]:
@@ -169,7 +169,7 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     from_a_backend = isinstance(error, RuntimeError) or kind.__module__.startswith("tensorflow.")
     said = ("RESOURCE_EXHAUSTED", "out of memory", "OUT_OF_MEMORY", "STATUS_ALLOC_FAILED", "can't allocate memory")
-    return from_a_backend and any(words in str(error) for words in said)
+    return from_a_backend and any(phrase in str(error) for phrase in said)
 
 
 def parts_and_gradient(parts: Callable) -> Callable:

@@ -17,7 +17,7 @@ class Kernel(NamedTuple):
     With `sides` the picture is continued by the values at its border, and not by zeros.
     """
 
-    own: Tensor  # (3, 3, in, out)
+    forward: Tensor  # (3, 3, in, out)
     flipped: Tensor  # (3, 3, out, in)
     sides: tuple[Tensor, ...] = ()  # from `sides_of`; none if there are zeros beyond the border
     flipped_sides: tuple[Tensor, ...] = ()
@@ -59,7 +59,7 @@ def convolve(x: Tensor, kernel: Kernel) -> Tensor:
     def convolution(x: Tensor) -> tuple[Tensor, Callable]:
         def gradient(*args: Tensor, upstream: Tensor = None) -> Tensor:
             upstream = args[0] if upstream is None else upstream
-            return continued(transposed(upstream, kernel.own), upstream, kernel.flipped_sides)
+            return continued(transposed(upstream, kernel.forward), upstream, kernel.flipped_sides)
 
         return continued(transposed(x, kernel.flipped), x, kernel.sides), gradient
 

@@ -9,6 +9,7 @@ the result. Nothing as large as the picture is written in between.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +23,10 @@ from .messages import UserError
 
 Tensor = Any  # one of the backend's
 Evaluate = Callable[[Tensor], Any]  # gives what has a `loss`, a float, and a `gradient`, a tensor
-LEAST_DECREASE, LEAST_FLATTENING = 1e-3, 0.9  # of Wolfe's conditions, as in SciPy's L-BFGS-B
+MIN_DECREASE, MIN_FLATTENING = 1e-3, 0.9  # of Wolfe's conditions, as in SciPy's L-BFGS-B
 FIRST_STEP = 20.0  # grey levels that the first step changes a pixel by at most; nothing is known of the curvature yet
-MOST_TRIALS = 20  # evaluations of a line search, as in SciPy's
-MOST_KEPT = 2e9  # bytes of the curvature that are written at the end of a run
+MAX_TRIALS = 20  # evaluations of a line search, as in SciPy's
+MAX_KEPT = 2e9  # bytes of the curvature that are written at the end of a run
 
 
 class Point(NamedTuple):
@@ -79,10 +80,10 @@ class Curvature:
         )
 
 
-def kept_bytes(size: tuple[int, int], history: int) -> int:
+def curvature_bytes(size: tuple[int, int], history: int) -> int:
     """What is kept of the curvature when a run ends, for a picture of (rows, columns): all, or nothing of gigabytes."""
     needed = 2 * history * 3 * 4 * math.prod(size)
-    return needed if needed <= MOST_KEPT else 0
+    return needed if needed <= MAX_KEPT else 0
 
 
 def to_arrays(curvature: Curvature) -> dict[str, np.ndarray]:
@@ -162,18 +163,24 @@ def line_search(
         raise UserError("the gradient is too large for L-BFGS in float32; lower the weights", status=1)
     length = 1.0 if known else FIRST_STEP / (largest(direction) or 1.0)
     short, long = 0.0, math.inf
-    for _ in range(MOST_TRIALS if slope < 0 else 0):
+    for _ in range(MAX_TRIALS if slope < 0 else 0):
         trial = combination((x, direction), (1, length))
         there = evaluate(trial)
         (slope_there,) = dot_products((there.gradient,), direction)
-        if not there.loss <= evaluation.loss + LEAST_DECREASE * length * slope:  # or it is no number
+        if not there.loss <= evaluation.loss + MIN_DECREASE * length * slope:  # or it is no number
             long = length
-        elif slope_there < LEAST_FLATTENING * slope:
+        elif slope_there < MIN_FLATTENING * slope:
             short = length
         else:
             return trial, there
         length = (short + long) / 2 if long < math.inf else 2 * length
     return None
+
+
+@functools.cache
+def threads() -> ThreadPoolExecutor:
+    """For NumPy's work on all cores."""
+    return ThreadPoolExecutor(usable_cores())
 
 
 def dot_products(vectors: Sequence[Tensor], other: Tensor, slots: int = 0) -> np.ndarray:
@@ -185,9 +192,8 @@ def dot_products(vectors: Sequence[Tensor], other: Tensor, slots: int = 0) -> np
     if on_cpu():
         other = np.asarray(other)
         # NumPy looks at the same memory, and takes less than half of TensorFlow's time and an eighth of XLA's.
-        with ThreadPoolExecutor(usable_cores()) as threads:
-            by_row = threads.map(lambda vector: np.einsum("ijk,ijk->i", vector, other), map(np.asarray, vectors))
-            return np.array([*by_row]).sum(1, np.float64)
+        by_row = threads().map(lambda vector: np.einsum("ijk,ijk->i", vector, other), map(np.asarray, vectors))
+        return np.array([*by_row]).sum(1, np.float64)
     products = compile_once(products_by_row)(padded(vectors, slots), other)
     return import_keras().ops.convert_to_numpy(products)[: len(vectors)].sum(1, np.float64)
 

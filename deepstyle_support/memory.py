@@ -63,30 +63,34 @@ class Plan(NamedTuple):
         return said
 
 
-class Held(NamedTuple):
-    """Bytes of main memory that a run holds beside what the plan computes; from `held_beside`."""
+class Overhead(NamedTuple):
+    """Bytes of main memory that a run needs besides computing; from `overhead_of`."""
 
     kept: float = 0  # while it paints
     styles: float = 0  # more than that, while the styles are shown to the network; L-BFGS has no vectors yet
     before: float = 0  # in all, at most, before anything is shown to the network
 
 
-NOTHING = Held()
+NOTHING = Overhead()
 
 
 class TooLarge(UserError):
     """A picture that does not fit."""
 
-    def __init__(self, message: str, beside: str = "", remedy: str = ""):
+    def __init__(self, message: str, others: str = "", remedy: str = ""):
         super().__init__(message)
-        self.beside = beside  # what of the memory is for other pictures, in words, if that is much
+        self.others = others  # what of the memory is for other pictures, in words, if that is much
         self.remedy = remedy  # what else would help, in words, to be put behind
 
 
 def plan_memory(
-    size: Size, settings: Settings, held: Held = NOTHING, found: tuple[float, float] | None = None, workers: int = 0
+    size: Size,
+    settings: Settings,
+    overhead: Overhead = NOTHING,
+    found: tuple[float, float] | None = None,
+    workers: int = 0,
 ) -> Plan:
-    """The quickest way to paint a picture of (rows, columns) in the memory that is free, with what is held beside.
+    """The quickest way to paint a picture of (rows, columns) in the memory that is free, with what is overhead beside.
 
     With `workers` so many processes on this machine compute tiles at the same time, each on a GPU of its own if there
     are any.
@@ -96,28 +100,28 @@ def plan_memory(
     what does. found: what `free_memory` said before this process took any.
     """
     found = found or free_memory(settings.max_memory)
-    if plan := way_that_fits(size, settings, held, found, workers):
+    if plan := way_that_fits(size, settings, overhead, found, workers):
         return plan
     free, gpu_free = found
     tile = SMALL_TILE if settings.tile == "auto" else settings.tile_pixels
-    fewest = min(settings.history, MIN_CORRECTIONS)
+    min_history = min(settings.history, MIN_CORRECTIONS)
     with_fewest, without = (
-        needed_by_all(workers, bool(gpu_free), size, tile, history, settings) for history in (fewest, 0)
+        needed_by_all(workers, bool(gpu_free), size, tile, history, settings) for history in (min_history, 0)
     )
-    needed, on_gpu = peaks(with_fewest, without, held, settings, found)
-    if needed <= free and settings.optimizer == "scipy" and corrections_of_scipy(size) < fewest:
+    needed, on_gpu = peaks(with_fewest, without, overhead, settings, found)
+    if needed <= free and settings.optimizer == "scipy" and corrections_of_scipy(size) < min_history:
         raise TooLarge(
             f"{size[0]} x {size[1]} pixels are too many for SciPy's L-BFGS-B",
             remedy="; --optimizer device has no such limit",
         )
-    beside = max(held)
+    others = max(overhead)
     raise TooLarge(
         f"{size[0]} x {size[1]} pixels need {needed / 1e9:.1f} GB of memory "
         f"{'or more' if settings.tile == 'auto' else '(--tile auto may need less)'}, {free / 1e9:.1f} GB are free"
         f"{under_a_ulimit(free)}"
         f"{f'; on the GPU {on_gpu / 1e9:.1f} GB, {gpu_free / 1e9:.1f} GB are free' if gpu_free else ''}",
-        beside=f"{beside / 1e9:.1f} GB are for pictures as they are read, shown (--style_size) and saved"
-        if beside > needed / 2
+        others=f"{others / 1e9:.1f} GB are for pictures as they are read, shown (--style_size) and saved"
+        if others > needed / 2
         else "",
     )
 
@@ -145,13 +149,15 @@ def plan_or_advice(image_size: int, plan: Callable[[int], Plan]) -> Plan:
             plan(largest)
             advice = f"enough for --image_size {largest}"
         except UserError:
-            advice = f"too little for any{f', since {error.beside}' if error.beside else ''}"
+            advice = f"too little for any{f', since {error.others}' if error.others else ''}"
         raise TooLarge(f"{error}, {advice}{error.remedy}") from error
 
 
-def way_that_fits(size: Size, settings: Settings, held: Held, found: tuple[float, float], workers: int) -> Plan | None:
+def way_that_fits(
+    size: Size, settings: Settings, overhead: Overhead, found: tuple[float, float], workers: int
+) -> Plan | None:
     """The plan for a picture of (rows, columns) in the bytes that were `found`, here and on a GPU; None without one."""
-    side, fewest = max(size), min(settings.history, MIN_CORRECTIONS)
+    side, min_history = max(size), min(settings.history, MIN_CORRECTIONS)
     free, gpu_free = found
 
     def needed_with(tile: int | None, history: int) -> Needed:
@@ -161,10 +167,10 @@ def way_that_fits(size: Size, settings: Settings, held: Held, found: tuple[float
         """How many L-BFGS can keep beside tiles of this size, at most as many as are wished for; or less than 0."""
         needed = needed_with(tile, 0)
         here, on_gpu = needed.shared(bool(gpu_free), settings.optimizer)
-        room = free - held.kept - here
+        room = free - overhead.kept - here
         if settings.optimizer == "scipy":
             room = min(room, corrections_of_scipy(size) * bytes_per_correction(size, "scipy"))
-        if at_first(needed, held, bool(gpu_free), settings.optimizer) > free:
+        if at_first(needed, overhead, bool(gpu_free), settings.optimizer) > free:
             return -1
         if gpu_free and (room < 0 or on_gpu > gpu_free):
             return -1
@@ -172,16 +178,16 @@ def way_that_fits(size: Size, settings: Settings, held: Held, found: tuple[float
             room = gpu_free - on_gpu
         return min(settings.history, room // bytes_per_correction(size, settings.optimizer))
 
-    tile = settings.tile_pixels if settings.tile != "auto" else quickest_tile(side, fewest, corrections)
+    tile = settings.tile_pixels if settings.tile != "auto" else quickest_tile(side, min_history, corrections)
     history = corrections(tile)
-    if history < fewest:
+    if history < min_history:
         return None
-    needed, on_gpu = peaks(needed_with(tile, int(history)), needed_with(tile, 0), held, settings, found)
+    needed, on_gpu = peaks(needed_with(tile, int(history)), needed_with(tile, 0), overhead, settings, found)
     whole_or_tile = tile if tile and tile < side else None
     return Plan(whole_or_tile, int(history), needed, free, (on_gpu, gpu_free) if gpu_free else None)
 
 
-def quickest_tile(side: int, fewest: int, corrections: Callable[[int | None], float]) -> int | None:
+def quickest_tile(side: int, min_history: int, corrections: Callable[[int | None], float]) -> int | None:
     """The largest tile of a picture with this longer side that fits, None for the whole; one of 128 if none does.
 
     corrections: how many L-BFGS can keep beside a tile. Tiles under 512 pixels only if else it cannot keep the fewest.
@@ -194,8 +200,8 @@ def quickest_tile(side: int, fewest: int, corrections: Callable[[int | None], fl
     # The last number of parts of which each, rounded up to 16, still has 512 pixels.
     most = max(1, math.ceil(side / (LARGE_TILE - 16)) - 1)
     kept = max(corrections(None), corrections(tile_of(most)))
-    if kept < fewest:
-        most, kept = math.ceil(side / SMALL_TILE), fewest
+    if kept < min_history:
+        most, kept = math.ceil(side / SMALL_TILE), min_history
 
     def fits(parts: int) -> bool:
         return corrections(tile_of(parts)) >= kept
@@ -246,14 +252,14 @@ class Needed(NamedTuple):
         return sum(self) - on_gpu + CUDA, on_gpu
 
 
-def at_first(needed: Needed, held: Held, gpu: bool, optimizer: str) -> float:
+def at_first(needed: Needed, overhead: Overhead, gpu: bool, optimizer: str) -> float:
     """Bytes of main memory at most before L-BFGS has its vectors: pictures are read, made ready, and shown."""
     here, _ = needed._replace(vectors=0).shared(gpu, optimizer)
-    return max(here + held.kept + held.styles, LOADED + held.before)
+    return max(here + overhead.kept + overhead.styles, LOADED + overhead.before)
 
 
 def peaks(
-    needed: Needed, without: Needed, held: Held, settings: Settings, found: tuple[float, float]
+    needed: Needed, without: Needed, overhead: Overhead, settings: Settings, found: tuple[float, float]
 ) -> tuple[float, float]:
     """Bytes of main memory and of a GPU, if one was found, that a whole run takes at most.
 
@@ -261,7 +267,7 @@ def peaks(
     """
     gpu = bool(found[1])
     here, on_gpu = needed.shared(gpu, settings.optimizer)
-    return max(here + held.kept, at_first(without, held, gpu, settings.optimizer)), on_gpu
+    return max(here + overhead.kept, at_first(without, overhead, gpu, settings.optimizer)), on_gpu
 
 
 def needed_memory(size: Size, tile: int | None, history: int, settings: Settings) -> Needed:
@@ -335,10 +341,10 @@ def shared_tile(size: Size, at_most: int | None, workers: int, model: str, kept:
     return min(enough, key=lambda tile: (seconds(tile), -tile), default=16)
 
 
-def held_beside(
+def overhead_of(
     inputs: Mapping[str, np.ndarray], size: Size, saved: Size, styles: Sequence[Size], settings: Settings
-) -> Held:
-    """What a run holds beside what is computed: its inputs, and what is made of them.
+) -> Overhead:
+    """What a run needs besides computing: for its inputs, and what is made of them.
 
     inputs: (H, W, 3 or 4) or (H, W) uint8, by the names that Pictures gives them; (rows, columns) of the picture that
     is painted, of those that are saved, and of the styles as they are shown to the network.
@@ -360,10 +366,10 @@ def held_beside(
     before += [MASKING * max(masks) + MASK_RESIZED * pixels] if masks else []
     if settings.preserve_color == "match" or settings.init_image == "recolored":
         before.append(resized + COLOURING * max(pixels, *shown) + BAND)
-    return Held(kept, resized + SHOWING * max(shown), read + max(before))
+    return Overhead(kept, resized + SHOWING * max(shown), read + max(before))
 
 
-def held_for_animation(saved: Size, channels: int, frames: int) -> int:
+def animation_bytes(saved: Size, channels: int, frames: int) -> int:
     """Bytes of an animation of so many frames of (rows, columns): they are kept, and copied when it is written."""
     return math.prod(saved) * (4 * channels * frames + ANIMATING)
 

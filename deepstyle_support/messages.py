@@ -63,7 +63,7 @@ class Stream:
         return getattr(self.stream, name)
 
 
-def in_words(error: Exception, debug: bool) -> str:
+def describe_error(error: Exception, debug: bool) -> str:
     """What went wrong, in one line; with `debug` its traceback is shown as well."""
     if debug:
         traceback.print_exception(error, file=cast(TextIO, Stream("stderr")))
@@ -81,12 +81,12 @@ def reason(error: BaseException) -> str:
     return ": ".join(part for part in (type(error).__name__, said) if part)
 
 
-def tell(message: str) -> None:
+def notify(message: str) -> None:
     """Say what is no result, on stderr."""
-    say(f"deepstyle: {message}", "stderr")
+    print_line(f"deepstyle: {message}", "stderr")
 
 
-def say(text: str, where: str = "stdout") -> OSError | None:
+def print_line(text: str, where: str = "stdout") -> OSError | None:
     """A line on stdout or stderr. Returns what is wrong if that is a file, and there is no room for it."""
     stream = Stream(where)
     stream.write(f"{text}\n")
@@ -96,7 +96,7 @@ def say(text: str, where: str = "stdout") -> OSError | None:
 
 def answer(text: str) -> None:
     """What was asked for, on stdout. Raises UserError, status 1, if it goes to a disk that has no room for it."""
-    if full := say(text):
+    if full := print_line(text):
         raise UserError(f"cannot write to stdout: {full.strerror}", status=1)
 
 
@@ -105,7 +105,7 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def words(value: object) -> str:
+def as_typed(value: object) -> str:
     """A setting's value as it is written on the command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 

@@ -14,8 +14,8 @@ from typing import BinaryIO
 
 from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
 
-MOST_BYTES = 10**9  # of a file that is taken into memory
-MOST_TEXT = 2**24  # bytes of a text or a profile in a PNG, unpacked: a bomb has more
+MAX_BYTES = 10**9  # of a file that is taken into memory
+MAX_TEXT = 2**24  # bytes of a text or a profile in a PNG, unpacked: a bomb has more
 ADOBE_RGB = "R03"  # as the Design rule for Camera File system (DCF 2.0) marks it
 # Texts in a PNG by these names Pillow takes for its own notes of the picture.
 PILLOWS_NAMES = {"transparency", "interlace", "bbox", "icc_profile", "gamma", "default_image", "blend", "disposal"}
@@ -111,7 +111,7 @@ def without_metadata(file: BinaryIO) -> io.BytesIO | None:
 
     None if it is of a format that is not known here, is larger than 1 GB, or is damaged where it can't be taken apart.
     """
-    if file.seek(0, io.SEEK_END) > MOST_BYTES:
+    if file.seek(0, io.SEEK_END) > MAX_BYTES:
         return None
     file.seek(0)
     data = file.read()
@@ -160,14 +160,14 @@ def is_used_text(name: bytes, content: bytes) -> bool:
     if keyword != b"XML:com.adobe.xmp" or len(rest) < 2:
         return False
     text = rest[2:].split(b"\0", 2)[-1]
-    return len(text) <= MOST_TEXT and (rest[0] == 0 or unpacks(rest[1:2] + text))
+    return len(text) <= MAX_TEXT and (rest[0] == 0 or unpacks(rest[1:2] + text))
 
 
 def unpacks(content: bytes) -> bool:
     """Whether what zlib has packed, after a byte for the method, is whole, and no bomb."""
     unpacked = zlib.decompressobj()
     try:
-        unpacked.decompress(content[1:], MOST_TEXT)
+        unpacked.decompress(content[1:], MAX_TEXT)
     except zlib.error:
         return False
     return content[:1] == b"\0" and unpacked.eof

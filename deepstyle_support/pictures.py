@@ -15,7 +15,7 @@ from .masks import shows, whitened
 from .messages import UserError, require_choice
 from .reading import read_picture
 from .settings import Settings
-from .transparency import alpha_of, laid_on
+from .transparency import alpha_of, on_colour
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +111,12 @@ def check_array(name: str, picture: object) -> None:
         raise UserError(f"{what}'s shape is {picture.shape}; it must be of more than a single pixel")
 
 
-def laid(content: Any, style: Any, colour: str | None) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+def on_background(content: Any, style: Any, colour: str | None) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """The content, and the style or styles as a tuple, on the colour if there is one. Raises UserError as Pictures."""
     styles = several(style)
     for name, picture in ({"content": content} | numbered("style", styles)).items():
         check_array(name, picture)
-    return laid_on(content, colour), tuple(laid_on(style, colour) for style in styles)
+    return on_colour(content, colour), tuple(on_colour(style, colour) for style in styles)
 
 
 def read_start(
@@ -128,4 +128,4 @@ def read_start(
         return None
     if not os.path.exists(settings.init_image):
         require_choice("--init_image", settings.init_image, (*known, "a picture's path"))
-    return laid_on(read(settings.init_image), settings.background)
+    return on_colour(read(settings.init_image), settings.background)

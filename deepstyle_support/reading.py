@@ -17,10 +17,10 @@ from PIL import Image, ImageFile, PngImagePlugin, PsdImagePlugin, TiffImagePlugi
 
 from .bands import bands, cropped
 from .messages import UserError, silenced_stderr
-from .metadata import MOST_TEXT, orientation_of, read_exif, refuse_confusion, without_metadata
+from .metadata import MAX_TEXT, orientation_of, read_exif, refuse_confusion, without_metadata
 from .profiles import adobe_rgb_profile, as_it_is, to_srgb
 from .tones import by_libtiff, is_deep, is_in_planes, levels_of, mend_tiff, more_modes
-from .transparency import alpha_of, clear_colour, laid_on
+from .transparency import alpha_of, clear_colour, on_colour
 
 # The brands that a file of ISO base media (ISO 14496-12) names at its beginning.
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
@@ -43,17 +43,17 @@ Taken = TypeVar("Taken")
 def read_picture(path: str, allow_large: bool = False, as_mask: bool = False) -> tuple[np.ndarray, list[str]]:
     """Any picture Pillow reads, upright, in sRGB: (H, W, 3) uint8 RGB, or (H, W, 4) RGBA if some of it is transparent.
 
-    With it comes what is to be told of it, in words that go behind its name. A mask's values are numbers, not colours:
+    With it come notes for the person, each to go behind its name. A mask's values are numbers, not colours:
     they are taken as they are, whatever its colour profile says, and where it is transparent it is white. Of several
     pictures (an animation, pages) the first is taken. Damage beside its pixels, in metadata or further pictures, is
-    told and passed over. Raises UserError if it is missing, cannot be read, is a single pixel, is a camera's raw file,
+    noted and passed over. Raises UserError if it is missing, cannot be read, is a single pixel, is a camera's raw file,
     needs a package that is not there, or without `allow_large` is over Pillow's limit of pixels.
     """
     (picture, turn, notes), more = taken(path, allow_large, lambda file: decoded(file, as_mask))
     if picture.shape[0] * picture.shape[1] == 1:
         raise UserError(f"'{path}' is a single pixel; a picture is needed")
     if as_mask:
-        picture = laid_on(picture, "white")
+        picture = on_colour(picture, "white")
     elif alpha_of(picture) is None:
         picture = picture[..., :3]
     return turned(picture, turn), notes + more
@@ -74,7 +74,7 @@ def shape_of(path: str, allow_large: bool = False) -> tuple[int, int]:
 def taken(path: str, allow_large: bool, take: Callable[[ImageFile.ImageFile], Taken]) -> tuple[Taken, list[str]]:
     """What `take` makes of the file as Pillow opens it, or if that fails of what is left without its metadata.
 
-    With it comes what is to be told of that. Raises UserError for all that goes wrong.
+    With it come notes for the person. Raises UserError for all that goes wrong.
     """
     with accessible(path, allow_large) as raw:
         try:
@@ -239,7 +239,7 @@ def harmless(lifted: bool) -> Iterator[None]:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             log.setLevel(logging.CRITICAL)
-            PngImagePlugin.MAX_TEXT_CHUNK = MOST_TEXT  # Pillow has no other way, neither here
+            PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT  # Pillow has no other way, neither here
             if lifted:
                 Image.MAX_IMAGE_PIXELS = None  # nor here
             yield

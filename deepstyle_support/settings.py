@@ -10,7 +10,7 @@ from typing import Any
 from PIL import ImageColor
 
 from .images import RESAMPLING
-from .messages import UserError, require_choice, words
+from .messages import UserError, as_typed, require_choice
 from .values import ON_OFF, like_default
 from .vgg import CHANNELS, layer_name
 
@@ -145,12 +145,12 @@ class Settings:
             0 < sum(self.style_layer_weights) < math.inf
         ):
             raise UserError(
-                f"--style_layer_weights are {words(self.style_layer_weights)}; there must be one, or one for each of "
-                f"the {len(self.style_layers)} --style_layers, and not all 0"
+                f"--style_layer_weights are {as_typed(self.style_layer_weights)}; there must be one, or one for each "
+                f"of the {len(self.style_layers)} --style_layers, and not all 0"
             )
         if len(self.coarse_iter) not in (1, self.scales - 1):
             raise UserError(
-                f"--coarse_iter has {len(self.coarse_iter)} numbers ({words(self.coarse_iter)}); with --scales "
+                f"--coarse_iter has {len(self.coarse_iter)} numbers ({as_typed(self.coarse_iter)}); with --scales "
                 f"{self.scales} there are {self.scales - 1} coarse sizes: give one number, or one for each"
             )
 
@@ -162,14 +162,14 @@ class Settings:
     def decisive(self) -> dict[str, str]:
         """The settings that shape the picture, by their flags, in words."""
         fields = (field for field in dataclasses.fields(self) if not field.metadata["resumable"])
-        return {f"--{field.name}": words(getattr(self, field.name)) for field in fields}
+        return {f"--{field.name}": as_typed(getattr(self, field.name)) for field in fields}
 
 
 def layers_named(flag: str, names: tuple[str, ...], model: str) -> tuple[str, ...]:
     """The layers by their names in the paper. Raises UserError if one is no layer, or there twice, or there is none."""
     layers = tuple(layer_name(flag, name, model) for name in names)
     if not layers or len({*layers}) < len(layers):
-        raise UserError(f"{flag} names {'a layer twice' if layers else 'no layer'}: {words(layers)}")
+        raise UserError(f"{flag} names {'a layer twice' if layers else 'no layer'}: {as_typed(layers)}")
     return layers
 
 

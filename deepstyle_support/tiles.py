@@ -12,7 +12,7 @@ Size = tuple[int, int]  # (rows, columns)
 class Positions(NamedTuple):
     """Where a tile is at some layer: its own positions, the same counted from its window's first, and the window."""
 
-    own: tuple[slice, slice]
+    interior: tuple[slice, slice]
     within: tuple[slice, slice]
     window: tuple[slice, slice]
 
@@ -20,7 +20,7 @@ class Positions(NamedTuple):
 class Tile(NamedTuple):
     """A part of the picture that is computed at a time: its own pixels, and with what is around them."""
 
-    own: tuple[slice, slice]
+    interior: tuple[slice, slice]
     window: tuple[slice, slice]
 
     def of(self, x: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class Tile(NamedTuple):
         def positions(part: slice) -> slice:
             return slice(part.start // stride, part.stop // stride)
 
-        (rows, columns), (top, left) = map(positions, self.own), map(positions, self.window)
+        (rows, columns), (top, left) = map(positions, self.interior), map(positions, self.window)
         within = (
             slice(rows.start - top.start, rows.stop - top.start),
             slice(columns.start - left.start, columns.stop - left.start),

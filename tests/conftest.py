@@ -20,7 +20,7 @@ from PIL import Image
 import deepstyle
 from deepstyle_support.engine import Engine
 from deepstyle_support.images import resize
-from deepstyle_support.memory import held_beside
+from deepstyle_support.memory import overhead_of
 from deepstyle_support.vgg import CHANNELS
 from deepstyle_support.weights import random_weights
 
@@ -121,7 +121,7 @@ def paint(pictures, settings, weights, state=None, watch=None):
 def held_by(pictures, settings):
     """What painting them takes beside what is computed."""
     full = deepstyle.stages_of(pictures, settings)[-1]
-    return held_beside(
+    return overhead_of(
         pictures.named(), full.size, deepstyle.saved_size(pictures, settings), full.style_sizes, settings
     )
 

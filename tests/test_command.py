@@ -24,7 +24,7 @@ from deepstyle_app.ownership import base_path
 from deepstyle_app.recipe import Recipe
 from deepstyle_app.terminal import console_for, progress_bar
 from deepstyle_support.memory import Plan
-from deepstyle_support.messages import tell, words
+from deepstyle_support.messages import as_typed, notify
 
 SCRIPT = Path(deepstyle.__file__)
 
@@ -78,7 +78,7 @@ def test_help_shows_every_flag_with_its_default(capsys):
         assert f"--{name} " in shown
         if default is not None:
             after = shown.split(f"--{name} ")[1]
-            assert f"({words(default)})" in after.split(" --")[0]
+            assert f"({as_typed(default)})" in after.split(" --")[0]
 
 
 def test_version(capsys):
@@ -219,7 +219,7 @@ def show_a_bar_and_a_line():
     console = console_for(quiet=False)
     with progress_bar(console, {(32, 42): 1}, 20) as advance:
         advance((32, 42), 7, 12.5)
-        tell("a note")
+        notify("a note")
         console.print("iteration 1/1")
 
 

@@ -27,15 +27,15 @@ from deepstyle_support.device import Memory
 from deepstyle_support.engine import Engine, on_device
 from deepstyle_support.images import to_input_space
 from deepstyle_support.memory import (
-    Held,
+    Overhead,
     Plan,
+    animation_bytes,
     free_memory,
-    held_for_animation,
     needed_memory,
     plan_memory,
     smaller_tile,
 )
-from deepstyle_support.messages import in_words
+from deepstyle_support.messages import describe_error
 from deepstyle_support.tiles import cut
 from deepstyle_support.vgg import halo
 
@@ -244,7 +244,7 @@ def test_a_refusal_names_the_ulimit_that_it_is_for(monkeypatch):
 
 @pytest.mark.parametrize(("error", "said"), [(MemoryError(), "ran out; a"), (MemoryError("9 MB"), "ran out: 9 MB; a")])
 def test_memory_that_runs_out_elsewhere_is_said_in_words(error, said):
-    assert in_words(error, debug=False) == f"memory {said} lower --image_size or --max_memory needs less"
+    assert describe_error(error, debug=False) == f"memory {said} lower --image_size or --max_memory needs less"
 
 
 @pytest.mark.endurance
@@ -294,14 +294,14 @@ def test_the_plan_counts_what_is_held_beside_the_computing(monkeypatch):
     have(monkeypatch, 100)
     size = (500, 500)
     bare = plan_memory(size, Settings())
-    assert plan_memory(size, Settings(), Held(kept=7 * GB)).needed == bare.needed + 7 * GB
+    assert plan_memory(size, Settings(), Overhead(kept=7 * GB)).needed == bare.needed + 7 * GB
     # The content's features at conv1_1, 64 numbers a pixel, once in NumPy and once where they are compared.
     early = plan_memory(size, Settings(content_layer="conv1_1"))
     assert early.needed - bare.needed == pytest.approx(2 * 4 * (64 - 512 / 16**2) * 500 * 500)
     have(monkeypatch, bare.needed / GB + 1)
-    assert plan_memory(size, Settings(), Held(kept=0.9 * GB))[:2] == bare[:2]
+    assert plan_memory(size, Settings(), Overhead(kept=0.9 * GB))[:2] == bare[:2]
     with pytest.raises(deepstyle.UserError, match="GB of memory or more"):
-        plan_memory(size, Settings(), Held(kept=bare.needed))
+        plan_memory(size, Settings(), Overhead(kept=bare.needed))
 
 
 def test_the_plan_counts_what_whoever_saves_the_pictures_keeps(monkeypatch):
@@ -330,7 +330,7 @@ def test_inputs_colours_and_frames_at_the_saved_size_are_held_beside():
     own_size = dataclasses.replace(small, rescale_image=True, preserve_color=True)
     inputs += memory.RESIZING * 200 * 300  # and so is the content
     assert held_by(pictures, own_size).kept == inputs + 38 * 200 * 300
-    assert held_for_animation((200, 300), 3, 11) == (12 * 11 + 25) * 200 * 300
+    assert animation_bytes((200, 300), 3, 11) == (12 * 11 + 25) * 200 * 300
 
 
 def test_each_mask_is_held_at_the_layers_that_it_limits():
@@ -430,7 +430,7 @@ def bytes_kept(pictures, stages):
     """Of an animation, and of a page with as many pictures, none of which is larger than 900 x 900."""
     frames, saved = 1 + sum(stage.iterations for stage in stages), deepstyle.saved_size(pictures, stages[-1].settings)
     on_page = min(1.0, 900 / max(stages[-1].size)) ** 2 * math.prod(stages[-1].size)
-    return held_for_animation(saved, 3, frames) + int(4 * frames * on_page)
+    return animation_bytes(saved, 3, frames) + int(4 * frames * on_page)
 
 
 @pytest.mark.parametrize("workers", [0, 3])

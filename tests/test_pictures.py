@@ -14,7 +14,7 @@ import deepstyle
 from deepstyle import Pictures, Settings
 from deepstyle_support.colours import colours, match_colours, recolour, with_colours_of
 from deepstyle_support.images import MEAN_BGR, RESAMPLING, enlarge, from_input_space, resize, to_input_space
-from deepstyle_support.transparency import laid_on
+from deepstyle_support.transparency import on_colour
 
 
 def read(path):
@@ -48,10 +48,10 @@ def test_transparency_is_read_as_alpha_of_a_palette_as_well(tmp_path):
 
 def test_what_is_laid_on_a_colour_is_mixed_with_it():
     clear = np.array([[[200, 0, 0, 0], [200, 0, 0, 255], [200, 0, 0, 128]]], np.uint8)
-    laid = laid_on(clear, "white")[0].tolist()
-    assert laid[:2] == [[255, 255, 255], [200, 0, 0]]
-    assert laid[2] == pytest.approx([227, 127, 127], abs=1)
-    assert laid_on(clear, None) is clear
+    on_background = on_colour(clear, "white")[0].tolist()
+    assert on_background[:2] == [[255, 255, 255], [200, 0, 0]]
+    assert on_background[2] == pytest.approx([227, 127, 127], abs=1)
+    assert on_colour(clear, None) is clear
 
 
 def test_grey_becomes_rgb(tmp_path):
@@ -264,7 +264,7 @@ def test_what_is_done_a_band_at_a_time_is_what_is_done_at_once():
     np.testing.assert_array_equal(from_input_space(x), at_once)
     clear = np.dstack([LARGE, OTHER[..., 0]])
     on_red = Image.alpha_composite(Image.new("RGBA", (1500, 1100), "red"), Image.fromarray(clear)).convert("RGB")
-    np.testing.assert_array_equal(laid_on(clear, "red"), np.asarray(on_red))
+    np.testing.assert_array_equal(on_colour(clear, "red"), np.asarray(on_red))
 
 
 def test_mean_and_covariance_are_those_of_all_pixels():

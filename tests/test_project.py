@@ -14,7 +14,7 @@ from PIL import Image
 
 import deepstyle
 from deepstyle_app.command import command_line, job_of
-from deepstyle_support.messages import words
+from deepstyle_support.messages import as_typed
 
 ROOT = IMAGES.parent
 README = (ROOT / "README.md").read_text()
@@ -27,7 +27,7 @@ def test_the_readmes_table_has_every_flag_with_its_default():
     flags = {name: value for name, value in defaults.items() if name not in ("content", "style", "prefix")}
     assert flags.keys() == table.keys()
     for name, value in flags.items():
-        assert table[name] == ("" if value is None or name not in vars(deepstyle.Settings()) else words(value))
+        assert table[name] == ("" if value is None or name not in vars(deepstyle.Settings()) else as_typed(value))
 
 
 @pytest.mark.parametrize(("page", "pictures"), [("README.md", 7), ("docs/looks.md", 18)])

@@ -199,7 +199,7 @@ def test_ten_iterations_at_400_rows_are_below_5_mb(tmp_path):
     page.add(deepstyle.Iteration(10, hard[10], hard[10], Losses(*losses), {}, 1.0, 1.0, False, state), exact=True)
     assert len(read_report(page.path)[0]) == 11
     assert page.path.stat().st_size < 5e6
-    assert page.path.stat().st_size <= report.held_for_report((400, 600), 11)
+    assert page.path.stat().st_size <= report.report_bytes((400, 600), 11)
 
 
 BAD = "<script>alert(1)</script>"

@@ -16,8 +16,8 @@ import deepstyle
 from deepstyle import STYLE, Pictures, Settings, stages_of
 from deepstyle_support.colours import colours, match_colours
 from deepstyle_support.images import MEAN_BGR, resize, to_input_space
-from deepstyle_support.memory import PLACED_MASK, held_for_animation
-from deepstyle_support.transparency import alpha_of, filled, laid_on
+from deepstyle_support.memory import PLACED_MASK, animation_bytes
+from deepstyle_support.transparency import alpha_of, filled, on_colour
 
 
 def clear(seed, size=SIZE, beneath=0):
@@ -235,10 +235,10 @@ def test_stylize_takes_transparent_arrays_as_the_command_takes_files(clear_files
     options = {"weights": "random", "image_size": 32, "num_iter": 1}
     (iteration,) = deepstyle.stylize(content, style, **options)
     np.testing.assert_array_equal(iteration.picture, pixels(tmp_path / "a_at_iteration_1.png"))
-    (laid,) = deepstyle.stylize(content, style, background="white", **options)
-    white = [laid_on(one, "white") for one in (content, style)]
+    (on_background,) = deepstyle.stylize(content, style, background="white", **options)
+    white = [on_colour(one, "white") for one in (content, style)]
     (before,) = deepstyle.stylize(*white, **options)
-    np.testing.assert_array_equal(laid.picture, before.picture)
+    np.testing.assert_array_equal(on_background.picture, before.picture)
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "mp4"])
@@ -291,5 +291,5 @@ def test_the_plan_counts_the_alpha_of_the_inputs_the_result_and_the_frames():
     settings = Settings(image_size=37)
     more = held_by(transparent, settings).kept - held_by(opaque, settings).kept
     assert more == pytest.approx(math.prod(SIZE) * (1 + 5 + PLACED_MASK))
-    frames = [held_for_animation(SIZE, channels, 3) for channels in (3, 4)]
+    frames = [animation_bytes(SIZE, channels, 3) for channels in (3, 4)]
     assert frames[1] - frames[0] == math.prod(SIZE) * 3 * 4

@@ -29,7 +29,7 @@ from deepstyle_support.weights import (
     KERAS_FILE,
     KERAS_MD5,
     KERAS_URL,
-    MOST_BYTES,
+    MAX_BYTES,
     TRUNK_SHA256,
     Damaged,
     random_weights,
@@ -418,7 +418,7 @@ def test_too_little_memory_is_no_damage(cut_off, narrow, tmp_path, monkeypatch, 
 def test_what_is_no_file_or_far_too_large_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large").touch()
-    os.truncate(tmp_path / "large", MOST_BYTES + 1)
+    os.truncate(tmp_path / "large", MAX_BYTES + 1)
     for path, said in (
         (tmp_path / "pipe", "a pipe or a device"),
         ("/dev/zero", "a pipe or a device"),
