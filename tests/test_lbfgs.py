@@ -334,7 +334,7 @@ def test_what_was_learnt_in_another_way_is_gone_on_with(picture_files, tmp_path)
 
 
 def test_of_gigabytes_nothing_is_kept_and_that_is_said(picture_files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(lbfgs, "MOST_KEPT", 1000)
+    monkeypatch.setattr(lbfgs, "MAX_KEPT", 1000)
     assert run_small(picture_files, tmp_path / "out", "--num_iter", "1") == 0
     said = capsys.readouterr().out
     assert said.index("is not kept") < said.index("iteration 1/1")
