@@ -546,7 +546,7 @@ def no_memory():
 def run_out_above(columns, monkeypatch, after=0):
     """Let tiles whose windows are wider run out of memory as the backend does it, after so many that do not."""
     computed = []
-    for name in ("parts_and_gradient", "grams", "own_features"):
+    for name in ("parts_and_gradient", "grams", "interior_features"):
         compute = getattr(deepstyle.TiledLoss, name)
 
         def limited(self, network, tile, *given, compute=compute):
