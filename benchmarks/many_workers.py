@@ -1,7 +1,8 @@
-"""What sharing one picture's tiles out costs: measured on this machine, and calculated for others.
+"""What sharing work out costs, tiles or whole pictures: measured on this machine, and calculated for others.
 
 usage: python benchmarks/many_workers.py measure [--rows 1024] [--tile 512] [--workers 2] [--rounds 5]
        python benchmarks/many_workers.py table [--seconds 9.5] [--largest 1024]
+       python benchmarks/many_workers.py folder [--photos 1000] [--seconds 128]
 
 `measure` evaluates the same picture in the same tiles in turn, in this process with all cores and with workers that
 share them, and prints the ratio of each round and their median; also the seconds of a megapixel of window, all passes,
@@ -9,6 +10,8 @@ with which `table` calculates. Weights are random, which makes no difference to 
 
 `table` prints docs/many_workers.md's: for each size and number of workers the bytes of an evaluation that leave or
 reach this program's machine, the seconds that they take, and the seconds of computing.
+
+`folder` prints its other table: a folder of photos, of which each takes a worker so many seconds, on 1 to 64 machines.
 """
 
 import argparse
@@ -30,6 +33,9 @@ from deepstyle_support.settings import STYLE_LAYERS, Settings
 from deepstyle_support.tiles import tiles_of
 from deepstyle_support.vgg import CHANNELS, halo
 from deepstyle_support.weights import random_weights
+
+
+START = 15  # seconds until a worker paints: Ray, its process, and the backend
 
 
 def seconds_of(objective: deepstyle.Objective, x: np.ndarray) -> float:
@@ -95,20 +101,41 @@ def table(at_most: int, seconds: float) -> None:
             print(f"| {' | '.join(row(side, workers, at_most, seconds))} |")
 
 
+def folder(photos: int, seconds: float) -> None:
+    """Each machine with one worker gets the weights once, and a style of 12 megapixels; a photo is a name, and a line."""
+    inputs, weights = 3, 0
+    for outputs in CHANNELS["vgg16"].values():
+        weights += 4 * (9 * inputs * outputs + outputs)
+        inputs = outputs
+    heads = ["machines", "weights and style, GB", "at 10 Gbit/s, s", "photos of the busiest", "hours", "of the ideal"]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for machines in (1, 2, 4, 8, 16, 32, 64):
+        sent = machines * (weights + 3 * 12e6)
+        busiest = math.ceil(photos / machines)
+        hours = (START + 8 * sent / 10e9 + busiest * seconds) / 3600
+        ideal = photos * seconds / machines / 3600
+        print(
+            f"| {machines} | {sent / 1e9:.2f} | {8 * sent / 10e9:.1f} | {busiest} | {hours:.2f} | {ideal / hours:.1%} |"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["measure", "table"])
+    parser.add_argument("what", choices=["measure", "table", "folder"])
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--tile", type=int, default=512, help="of measure")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--largest", type=int, default=1024, help="tile of table, at most")
-    parser.add_argument("--seconds", type=float, default=9.5, help="for a megapixel of window")
+    parser.add_argument("--photos", type=int, default=1000, help="of folder")
+    parser.add_argument("--seconds", type=float, help="for a megapixel of window (9.5), or for a photo (128)")
     arguments = parser.parse_args()
     if arguments.what == "measure":
         measure(arguments.rows, arguments.tile, arguments.workers, arguments.rounds)
+    elif arguments.what == "table":
+        table(arguments.largest, arguments.seconds or 9.5)
     else:
-        table(arguments.largest, arguments.seconds)
+        folder(arguments.photos, arguments.seconds or 128)
 
 
 if __name__ == "__main__":

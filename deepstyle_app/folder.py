@@ -84,7 +84,7 @@ def run_group(group: Group, batch: Batch, shared: Shared, job: Job) -> None:
     left = [task for task in group.tasks if task in batch.left()]
     if not left or shared.received:
         return
-    with batch.failures(left):
+    with batch.failures(left, Path(group.job.style[0]).name):
         shared = dataclasses.replace(shared, others=group.read_others())
     for task in left:
         if not (task.failure or shared.received):
