@@ -34,7 +34,6 @@ from deepstyle_support.tiles import tiles_of
 from deepstyle_support.vgg import CHANNELS, halo
 from deepstyle_support.weights import random_weights
 
-
 START = 15  # seconds until a worker paints: Ray, its process, and the backend
 
 
@@ -102,7 +101,7 @@ def table(at_most: int, seconds: float) -> None:
 
 
 def folder(photos: int, seconds: float) -> None:
-    """Each machine with one worker gets the weights once, and a style of 12 megapixels; a photo is a name, and a line."""
+    """Each machine, with one worker, gets the weights and a style of 12 megapixels once; of a photo only its name."""
     inputs, weights = 3, 0
     for outputs in CHANNELS["vgg16"].values():
         weights += 4 * (9 * inputs * outputs + outputs)
