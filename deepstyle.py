@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from deepstyle_support.backend import all_finite, as_array, import_keras, out_of_memory, parts_and_gradient
+from deepstyle_support.backend import all_finite, as_array, differentiable, import_keras, out_of_memory
 from deepstyle_support.callbacks import Closed, as_generator
 from deepstyle_support.colours import match_colours, recolour, with_colours_of
 from deepstyle_support.convolution import convolve
@@ -45,7 +45,7 @@ from deepstyle_support.memory import MIN_SIDE, Plan, overhead_of, plan_memory, p
 from deepstyle_support.messages import UserError
 from deepstyle_support.pictures import Pictures, numbered, on_background, read_start, several
 from deepstyle_support.reading import read_picture as read_picture
-from deepstyle_support.settings import EVALUATIONS_PER_ITERATION, Settings, weights_of_styles
+from deepstyle_support.settings import EVALUATIONS_PER_ITERATION, Settings, for_each, weights_of_styles
 from deepstyle_support.tiles import Tile, tiles_of
 from deepstyle_support.transparency import filled, with_alpha_of
 from deepstyle_support.vgg import CHANNELS, PICTURE, deepest, halo, stride
@@ -105,15 +105,15 @@ def content_loss(f: Tensor, target: Tensor, mask: Tensor = None) -> Tensor:
     return ops.sum(ops.square(f - target) * (1.0 if mask is None else mask))
 
 
-def style_loss(gram: Tensor, target: Tensor, size: int) -> Tensor:
-    """sum (G_style - G)^2 / (4 * 3^2 * size^2) of one layer (eq. 4); gram, target: (C, C).
+def style_loss(gram: Tensor, target: Tensor, pixels: int) -> Tensor:
+    """sum (G_style - G)^2 / (4 * 3^2 * pixels^2) of one layer (eq. 4); gram, target: (C, C).
 
-    A departure from the paper, kept because people's weights are tuned to it: 3 and `size` are
-    the picture's channels and H*W at every layer, where the paper has the layer's own.
+    A departure from the paper, kept because people's weights are tuned to it: 3 and `pixels`
+    are the picture's channels and H*W at every layer, where the paper has the layer's own.
     """
     ops = import_keras().ops
     # Divided before squaring: the squares alone would near the end of float32's range.
-    return ops.sum(ops.square((target - gram) / (2 * 3 * size)))
+    return ops.sum(ops.square((target - gram) / (2 * 3 * pixels)))
 
 
 def total_variation(x: Tensor, mask: Tensor = None) -> Tensor:
@@ -170,7 +170,7 @@ def terms_of(pictures: Pictures, settings: Settings, size: Size, content_weight:
         factor = (1, 1 / (2 * scale), 1 / scale**2)[settings.content_loss_type] / len(settings.content_layer)
         mask = CONTENT if CONTENT in masks else ""
         terms.append(Term(CONTENT, content_weight * factor, Place(layer, mask)))
-    shares = settings.style_layer_weights * (len(settings.style_layers) // len(settings.style_layer_weights))
+    shares = for_each(settings.style_layer_weights, len(settings.style_layers))
     styles = len(pictures.styles)
     for number, weight in enumerate(weights_of_styles(settings, styles), 1):
         number = number if styles > 1 else 0
@@ -208,24 +208,23 @@ def compiled(terms: tuple[Term, ...], pixels: int, pool_type: str) -> Callable:
 
     A backend keeps what it has compiled: without this each picture that a process paints would leave 12 to 25 MB.
     """
-    return parts_and_gradient(functools.partial(weighted_parts, terms, pixels, pool_type))
+    return differentiable(functools.partial(weighted_parts, terms, pixels, pool_type))
 
 
 def weighted_parts(
     terms: tuple[Term, ...], pixels: int, pool_type: str, x: Any, network: dict[str, tuple], targets: Targets
 ) -> dict[str, Any]:
-    """What the positions of a tile add to each term, weighted: {name: loss}.
+    """Each term, weighted, and what the positions of a tile add to it: {name: loss}.
 
-    x: (h, w, 3) float32 tensor; pixels: of the whole picture. With `whole_grams` the value of a style loss is that of
-    the whole picture, and only its gradient that of the tile.
+    x: (h, w, 3) float32 tensor; pixels: of the whole picture. A style's loss is no sum over positions: with
+    `whole_grams` its value is that of the whole picture, and its gradient what the tile adds.
     """
     found = dict(features(x, network, layers_of(terms), pool_type))
     grams = {}
     for place in dict.fromkeys(term.place for term in terms if term.kind == STYLE):
         grams[place] = gram_matrix(found[place.layer], targets.masks.get(place))
         if place in targets.whole_grams:
-            own = import_keras().ops.stop_gradient(grams[place])
-            grams[place] = targets.whole_grams[place] + grams[place] - own
+            grams[place] = with_value(targets.whole_grams[place], grams[place])
     parts = {}
     for term in terms:
         layer, mask = term.place.layer, targets.masks.get(term.place)
@@ -237,6 +236,11 @@ def weighted_parts(
             loss = total_variation(x, mask)
         parts[term.name] = term.weight * loss
     return parts
+
+
+def with_value(value: Tensor, tensor: Tensor) -> Tensor:
+    """The value, with the gradient of the tensor."""
+    return value + tensor - import_keras().ops.stop_gradient(tensor)
 
 
 # ------------------------------------------------------------------------------------- tiles
@@ -386,10 +390,10 @@ class Objective:
         check_sides({CONTENT: pictures.content}, layers_of(terms), self.model)
         check_sides(numbered(STYLE, pictures.styles), layers_of(terms, STYLE), self.model)
         masks = masks_at_places((term.place for term in terms), pictures.masks(self.size), self.size)
-        self.tiled = TiledLoss(tuple(terms), masks, self.size, settings.pool_type)
-        content = self._in_memory(self._content_targets, to_input_space(filled(pictures.content)))
-        style = self._in_memory(self._style_targets, pictures.styles)
-        self.tiled = dataclasses.replace(self.tiled, content=content, style=style)
+        without_targets = TiledLoss(tuple(terms), masks, self.size, settings.pool_type)
+        content = self._in_memory(self._content_targets, without_targets, to_input_space(filled(pictures.content)))
+        style = self._in_memory(self._style_targets, without_targets, pictures.styles)
+        self.tiled = dataclasses.replace(without_targets, content=content, style=style)
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         evaluation = self.evaluate(x)
@@ -447,9 +451,12 @@ class Objective:
 
     def _tiles(self, size: Size, layers: Collection[str]) -> list[Tile]:
         """The tiles of a picture for what needs `layers`; as a whole, it is one tile."""
-        # A style picture that is larger than the generated one is not computed in larger pieces than that.
         # Without layers there is only the total variation, which looks one pixel further.
-        return tiles_of(size, self.tile or max(self.size) + 15, halo(layers, self.model) if layers else 1)
+        return tiles_of(size, self._largest_tile(), halo(layers, self.model) if layers else 1)
+
+    def _largest_tile(self) -> int:
+        """Pixels of a tile's side at most, for a style picture too, which may be larger than the generated one."""
+        return self.tile or max(self.size) + 15  # it is rounded down to whole strides of 16
 
     def _grams(
         self, tiled: TiledLoss, x: Tensor, places: list[Place], masks: dict[Place, np.ndarray] | None = None
@@ -463,25 +470,25 @@ class Objective:
                 totals[place] = totals.get(place, 0) + gram.astype(np.float64)
         return {place: total.astype(np.float32) for place, total in totals.items()}
 
-    def _content_targets(self, x: np.ndarray) -> dict[str, np.ndarray]:
+    def _content_targets(self, tiled: TiledLoss, x: np.ndarray) -> dict[str, np.ndarray]:
         """{layer: (h, w, C)} of the content picture."""
-        layers = [place.layer for place in self.tiled.places(CONTENT)]
+        layers = [place.layer for place in tiled.places(CONTENT)]
         found = {
             layer: np.empty([n // stride(layer) for n in self.size] + [CHANNELS[self.model][layer]], np.float32)
             for layer in layers
         }
         tiles = self._tiles(self.size, layers)
-        for tile, own in zip(tiles, self.engine.map(tiles, self.tiled.interior_features, x, layers), strict=True):
-            for layer, f in own.items():
+        for tile, interior in zip(tiles, self.engine.map(tiles, tiled.interior_features, x, layers), strict=True):
+            for layer, f in interior.items():
                 found[layer][tile.at(stride(layer)).interior] = f
         return found
 
-    def _style_targets(self, styles: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+    def _style_targets(self, tiled: TiledLoss, styles: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
         """For each style term: its style's Gram matrix, as if the style were as large as the picture."""
         targets = {}
         for number, style in enumerate(styles, 1):
-            terms = [term for term in self.tiled.terms if term.kind == STYLE and term.style in (0, number)]
-            grams = self._grams_of_style(style, [Place(term.place.layer, STYLE) for term in terms])
+            terms = [term for term in tiled.terms if term.kind == STYLE and term.style in (0, number)]
+            grams = self._grams_of_style(tiled, style, [Place(term.place.layer, STYLE) for term in terms])
             for term in terms:
                 own, other = (
                     math.prod(length // stride(term.place.layer) for length in size[:2])
@@ -490,15 +497,15 @@ class Objective:
                 targets[term.name] = grams[Place(term.place.layer, STYLE)] * np.float32(own / other)
         return targets
 
-    def _grams_of_style(self, style: np.ndarray, places: list[Place]) -> dict[Place, np.ndarray]:
+    def _grams_of_style(self, tiled: TiledLoss, style: np.ndarray, places: list[Place]) -> dict[Place, np.ndarray]:
         """{place: (C, C)} of a style, (H, W, 3 or 4) uint8: at hand if it was shown so before."""
         # To the bit it also depends on the tiles, of which a small style is one.
-        tile = min(self.tile or max(self.size) + 15, max(style.shape) + 15)
+        tile = min(self._largest_tile(), max(style.shape) + 15)
         key = hashlib.sha256(style.tobytes()).digest(), style.shape, tuple(places), tile
 
         def compute() -> dict[Place, np.ndarray]:
             opaque = opaque_at_places(style, style.shape[:2], places)
-            return self._grams(self.tiled, to_input_space(filled(style)), places, opaque)
+            return self._grams(tiled, to_input_space(filled(style)), places, opaque)
 
         return self.engine.cache.get(key, compute)
 
@@ -768,7 +775,7 @@ class Stage:
 def stages_of(pictures: Pictures, settings: Settings) -> list[Stage]:
     """The stages of a painting, the coarsest first. Raises UserError if one would be under 32 pixels."""
     sizes = picture_sizes(pictures.content.shape, settings)
-    coarse = settings.coarse_iter * ((len(sizes) - 1) // len(settings.coarse_iter))
+    coarse = for_each(settings.coarse_iter, len(sizes) - 1)
     counts = zip(sizes, (*coarse, settings.num_iter), strict=True)
     return [Stage(pictures, settings, size, sizes[-1], iterations) for size, iterations in counts]
 
@@ -902,15 +909,23 @@ def stylize(
 def paint(
     pictures: Pictures, settings: Settings, engine: Engine, state: State | None = None, watch: Watch | None = None
 ) -> Generator[Iteration, None, None]:
-    """`stylize` with an engine that is at hand, of coarse stages too; it goes on from `state` if there is one."""
+    """`stylize` with an engine that is at hand, of coarse stages too; it goes on from `state` if there is one.
+
+    Raises UserError if the state is of no stage's size.
+    """
     watch = watch or Watch()
     stages = stages_of(pictures, settings)
-    first = next(number for number, stage in enumerate(stages) if not state or stage.size == state.size)
-    x, before = state.x if state else stages[0].start(), stages[first]
-    for stage in stages[first:]:
+    sizes = [stage.size for stage in stages]
+    if state and state.size not in sizes:
+        raise UserError(f"the state is of {state.size[0]} x {state.size[1]} pixels, and no stage of this painting is")
+    x = state.x if state else stages[0].start()
+    coarser = stages[0]
+    for stage in stages[sizes.index(state.size) if state else 0 :]:
         if x.shape[:2] != stage.size:
-            x = stage.carried_over(x, before)
-        here = state or State(x)
+            x = stage.carried_over(x, coarser)
+        here, state, coarser = state or State(x), None, stage
+        if here.iteration >= stage.iterations:
+            continue
         objective = Objective.at(stage, engine, watch)
         with contextlib.closing(iterations_at(stage, objective, here, engine.plan.history, watch)) as iterations:
             for iteration in iterations:
@@ -918,18 +933,15 @@ def paint(
                 yield iteration
         if watch.should_stop():
             return
-        state, before = None, stage
 
 
 def iterations_at(
     stage: Stage, objective: Objective, state: State, history: int, watch: Watch
 ) -> Generator[Iteration, None, None]:
     """The iterations of one stage, from `state` on."""
-    if state.iteration >= stage.iterations:
-        return
     losses, clock = list(state.losses), time.perf_counter()
     points = minimise(objective, state, stage.settings.optimizer, history, watch)
-    with contextlib.closing(points):  # behind a part of an iteration that raises the failure that it ended with
+    with contextlib.closing(points):  # which raises what failed, once its last point has been saved
         if not losses:
             losses.append(next(points).evaluation.losses)
         for accepted in points:

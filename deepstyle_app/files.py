@@ -119,7 +119,7 @@ class Outputs:
         self._recipe, self._keeps_curvature, files = recipe, keeps_curvature, self.files
         self._events = events_path(real(files.tensorboard)) if files.tensorboard else None
         before = self._paths_before()
-        with advice_to_resume():
+        with self._advice():
             self._claim()
             if self.before:
                 self._make_up_rows(self.before, before)
@@ -244,7 +244,7 @@ class Outputs:
         header, row = log_rows(iteration)
         if self.record.run or self.record.rows or self.files.log:  # of an earlier version's run some would be missing
             self.record.rows = [header, *self.record.rows[1:], row]
-        with advice_to_resume():
+        with self._advice():
             # A part of an iteration may have been saved by its number: it is written over.
             there = not iteration.is_coarse and self.files.picture_path(iteration.number).exists()
             if is_last or there or iteration.number % self.files.every == 0:
@@ -278,18 +278,31 @@ class Outputs:
         """Write what is still to be written at the end of a run; returns the paths, and of what was made up for."""
         paths = [] if self._latest else self._made_up
         if self._unsaved:
-            with advice_to_resume():
+            with self._advice():
                 paths.append(self._write_picture(self._unsaved()))
             self._unsaved = None
         if self._latest and self._keeps_curvature and (curvature := self._latest.state.curvature()):
-            with advice_to_resume():
+            with self._advice():
                 self._write_state(self._latest, curvature)
         saved, animation, is_new = self._latest or self.before, self.files.animation, self._latest is not None
         if animation and self._frames and saved and (is_new or not is_shown(animation, self.record, saved)):
-            with advice_to_resume():
+            with self._advice():
                 write_animation(real(animation), self._frames, about(self.record, saved))
             paths.append(animation)
         return paths
+
+    @contextlib.contextmanager
+    def _advice(self) -> Iterator[None]:
+        """To what cannot be written is added what to do next."""
+        try:
+            yield
+        except UserError as error:
+            advice = "nothing was saved before; make room, and give the command again"
+            if self._latest or self.before:
+                advice = (
+                    "what was saved before is whole; make room, and the same command with --resume goes on from there"
+                )
+            raise UserError(f"{error}; {advice}", error.status) from error
 
     def _write_state(self, saved: Saved, curvature: Curvature | None = None) -> None:
         write_state(self.files.state_path, real(self.files.base), saved, self.record, curvature)
@@ -351,13 +364,3 @@ def about(record: Record, saved: Saved) -> str:
 def is_shown(path: Path, record: Record, saved: Saved) -> bool:
     """Whether the animation goes as far as this state. One by an earlier version does not say it."""
     return path.exists() and (not record.run or about(record, saved).encode() in path.read_bytes())
-
-
-@contextlib.contextmanager
-def advice_to_resume() -> Iterator[None]:
-    """What cannot be written is told with what to do next."""
-    try:
-        yield
-    except UserError as error:
-        advice = "what was saved before is whole; make room, and the same command with --resume goes on from there"
-        raise UserError(f"{error}; {advice}", error.status) from error

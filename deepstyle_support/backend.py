@@ -172,7 +172,7 @@ def out_of_memory(error: BaseException) -> bool:
     return from_a_backend and any(phrase in str(error) for phrase in said)
 
 
-def parts_and_gradient(parts: Callable) -> Callable:
+def differentiable(parts: Callable) -> Callable:
     """Compile parts(x, ...) -> {name: scalar} into (x, ...) -> ({name: float}, gradient of their sum by x, a tensor).
 
     x and what comes behind it are arrays, or dicts of arrays. The only code that knows how a backend differentiates.

@@ -200,9 +200,14 @@ def require_tile(tile: str) -> None:
         raise UserError(f"--tile is '{tile}'; {known}")
 
 
+def for_each(values: tuple, number: int) -> tuple:
+    """So many values: those that there are, or the only one for each."""
+    return values * (number // len(values))
+
+
 def weights_of_styles(settings: Settings, styles: int) -> list[float]:
     """The weight of each style; a single weight is shared out evenly. Raises UserError if the numbers do not agree."""
     weights = settings.style_weight
     if len(weights) not in (1, styles):
         raise UserError(f"--style_weight has {len(weights)} weights for {styles} styles; give one, or one for each")
-    return [settings.style_scale * weight * len(weights) / styles for weight in weights * (styles // len(weights))]
+    return [settings.style_scale * weight * len(weights) / styles for weight in for_each(weights, styles)]

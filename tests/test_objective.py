@@ -11,7 +11,7 @@ import pytest
 from conftest import ONE_THREAD, for_scripts, smooth_picture
 
 import deepstyle
-from deepstyle_support.backend import as_array, import_keras, parts_and_gradient
+from deepstyle_support.backend import as_array, differentiable, import_keras
 from deepstyle_support.cache import Cache
 from deepstyle_support.convolution import convolve, kernel_on_device
 from deepstyle_support.engine import Engine, on_device
@@ -155,7 +155,7 @@ def test_a_convolution_continues_the_picture_by_its_edge_and_so_does_its_gradien
     def summed(x):
         return {"sum": import_keras().ops.sum(convolve(x, tensors)[0] * upstream)}
 
-    _, gradient = parts_and_gradient(summed)(x)
+    _, gradient = differentiable(summed)(x)
     units = np.eye(x.size).reshape(-1, *x.shape[1:])  # it is linear, so the slopes are the values at the units
     slopes = [(oracle.convolve(unit, kernel, 0, "edge") * upstream).sum() for unit in units]
     np.testing.assert_allclose(as_array(gradient).ravel(), slopes, atol=1e-5)
