@@ -422,3 +422,26 @@ def test_two_that_write_the_same_file_at_once_do_not_mix(tmp_path):
     write_whole(tmp_path / "a", write_slowly)
     assert (tmp_path / "a").read_bytes() == b"one one"
     assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("failing", "advice"),
+    [
+        (1, "nothing was saved before; make room, and give the command again"),
+        (2, "what was saved before is whole; make room, and the same command with --resume goes on from there"),
+    ],
+)
+def test_a_picture_that_finds_no_room_is_said_with_what_to_do_next(
+    picture_files, tmp_path, capfd, monkeypatch, failing, advice
+):
+    written = []
+
+    def refuse(path, write):
+        written.append(path) if path.suffix == ".png" else None
+        if len(written) >= failing:
+            raise deepstyle.UserError("no room", status=1)
+        write_whole(path, write)
+
+    monkeypatch.setattr("deepstyle_app.files.write_whole", refuse)
+    assert run(picture_files, tmp_path / "a") == 1
+    assert capfd.readouterr().err == f"deepstyle: error: no room; {advice}\n"

@@ -13,7 +13,7 @@ from conftest import Recorder, evaluation_of, paint, smooth_picture
 from scipy import optimize
 
 import deepstyle
-from deepstyle import Pictures, Settings, State, minimise, stages_of
+from deepstyle import Pictures, Settings, State, UserError, minimise, stages_of
 from deepstyle_support.engine import Engine
 from deepstyle_support.images import MEAN_BGR, enlarge, resize
 from deepstyle_support.memory import Plan
@@ -371,3 +371,29 @@ def test_stylize_takes_the_commands_flags_and_defaults(monkeypatch):
     assert got[0][1] == Settings(weights="random", num_iter=2, content_layer="conv4_2")
     with pytest.raises(deepstyle.UserError, match="pool_type"):
         deepstyle.stylize(content, style, pool_type="sum")
+
+
+@pytest.fixture
+def two_stages():
+    pictures = Pictures(smooth_picture(1, 64, 64), (smooth_picture(2, 64, 64),))
+    return pictures, Settings(image_size=64, num_iter=1, scales=2, coarse_iter=1, weights="random")
+
+
+def test_a_state_of_a_finished_stage_goes_on_with_the_next_and_prepares_nothing_of_its_own(
+    two_stages, untrained, monkeypatch
+):
+    pictures, settings = two_stages
+    first, second = paint(pictures, settings, untrained)
+    prepared, at = [], deepstyle.Objective.at
+    monkeypatch.setattr(
+        deepstyle.Objective, "at", lambda stage, *given: prepared.append(stage.size) or at(stage, *given)
+    )
+    (again,) = paint(pictures, settings, untrained, first.state)
+    assert prepared == [(64, 64)]
+    np.testing.assert_array_equal(again.picture, second.picture)
+
+
+def test_a_state_of_no_stages_size_is_refused(two_stages, untrained):
+    state = deepstyle.State(np.zeros((48, 48, 3)))
+    with pytest.raises(UserError, match="the state is of 48 x 48 pixels, and no stage of this painting is"):
+        next(paint(*two_stages, untrained, state=state))
