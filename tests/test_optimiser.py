@@ -394,6 +394,7 @@ def test_a_state_of_a_finished_stage_goes_on_with_the_next_and_prepares_nothing_
 
 
 def test_a_state_of_no_stages_size_is_refused(two_stages, untrained):
+    pictures, settings = two_stages
     state = deepstyle.State(np.zeros((48, 48, 3)))
     with pytest.raises(UserError, match="the state is of 48 x 48 pixels, and no stage of this painting is"):
-        next(paint(*two_stages, untrained, state=state))
+        next(paint(pictures, settings, untrained, state))
