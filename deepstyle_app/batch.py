@@ -40,8 +40,8 @@ class Task:
         return Card(self.names, self.failure or loss, self.thumbnail, link)
 
     def resume(self) -> None:
-        """From now on it is to go on from what is saved."""
-        self.job = dataclasses.replace(self.job, resume=True, overwrite=False)
+        """From now on it is to go on from what is saved; if nothing is, an earlier run is replaced as it was to be."""
+        self.job = dataclasses.replace(self.job, resume=True)
 
     @property
     def is_done(self) -> bool:

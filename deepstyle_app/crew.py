@@ -70,7 +70,8 @@ class Crew:
             options |= {"address": "local", "num_cpus": usable_cores(), "include_dashboard": False}
         self.began, on_sigterm = True, signal.getsignal(signal.SIGTERM)
         try:
-            check_that_cluster_answers()
+            with silenced_stderr():  # Ray speaks of it if it finds several
+                check_that_cluster_answers()
             with signals_kept_from_children(), silenced_stderr():  # where its C++ code writes as it likes
                 context: Any = ray.init(**options)
                 silence_ray()

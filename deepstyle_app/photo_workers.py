@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import os
+import sys
 import time
 from collections import deque
 from typing import Any, NamedTuple
@@ -9,7 +11,7 @@ from typing import Any, NamedTuple
 from deepstyle_support.cache import Cache
 from deepstyle_support.limits import usable_cores
 from deepstyle_support.memory import RAY, free_memory
-from deepstyle_support.messages import describe_error, notify, print_line, printable
+from deepstyle_support.messages import UserError, describe_error, notify, print_line, printable
 from deepstyle_support.weights import Weights
 
 from .batch import Batch, Task
@@ -18,6 +20,7 @@ from .folder import Group
 from .job import Job
 from .ownership import RunFiles
 from .run import Ending, Shared, run
+from .terminal import without_warnings
 
 POLL = 0.2  # seconds between two looks at whether the person has asked for a stop
 
@@ -36,10 +39,12 @@ class PhotoWorker:
     """A process that paints pictures, one at a time.
 
     bytes_free: of main memory, which it may use; None: its share of what its machine has free. threads: its cores.
+    folder, program: where the command was typed, which relative paths begin from, and its name.
     """
 
-    def __init__(self, weights: Weights, bytes_free: float | None, threads: int):
-        self.weights, self.bytes_free, self.threads = weights, bytes_free, threads
+    def __init__(self, weights: Weights, bytes_free: float | None, threads: int, folder: str, program: str):
+        self.weights, self.bytes_free, self.threads, self.folder = weights, bytes_free, threads, folder
+        sys.argv[0] = program  # a report says by which command a picture was made
         self.cache, self.received = Cache(), list[int]()
         self.found: tuple[float, float] | None = None
 
@@ -47,8 +52,9 @@ class PhotoWorker:
         """Run a job as this process alone would."""
         began, out, err = time.perf_counter(), io.StringIO(), io.StringIO()
         ending, failure = None, ""
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), without_warnings():
             try:
+                enter(self.folder)
                 shared = Shared(others, self._free(job), self.weights, self.cache, self.received)
                 ending = run(job, shared, name)
             except Exception as error:
@@ -63,9 +69,17 @@ class PhotoWorker:
         """Bytes that this worker may use, and of its GPU; asked once, before it has taken any."""
         if not self.found:
             here, on_gpu = free_memory(job.settings.max_memory)
-            share = self.bytes_free or here / max(1, usable_cores() // self.threads)
+            share = here / max(1, usable_cores() // self.threads) if self.bytes_free is None else self.bytes_free
             self.found = min(here, share), on_gpu
         return self.found
+
+
+def enter(folder: str) -> None:
+    """Make it the working directory: on a cluster, Ray's is wherever it was started. Raises UserError if not."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UserError(f"a worker's machine has no folder '{folder}': {error.strerror}", status=1) from error
 
 
 def run_by_workers(
@@ -94,14 +108,16 @@ class Sharing:
         self.others: tuple[Group, Any] | None = None  # the latest group, and Ray's reference to what its pictures share
         self.runs_before: dict[Task, str] = {}  # by what the state is known that was there before a worker began
         self.retried: set[Task] = set()
+        self.received: list[int] = []  # the signals that ask for a stop
 
     def run(self, received: list[int]) -> None:
         import ray
 
+        self.received, stopped = received, False
         free, _ = free_memory(self.job.settings.max_memory)
-        share = None if on_cluster() else (free - RAY) / self.crew.number
-        self.crew.employ(PhotoWorker, ray.put(self.weights), share, self.crew.threads, calls_at_once=2)
-        stopped = False
+        share = None if on_cluster() else max(0.0, free - RAY) / self.crew.number
+        place = os.getcwd(), sys.argv[0]
+        self.crew.employ(PhotoWorker, ray.put(self.weights), share, self.crew.threads, *place, calls_at_once=2)
         while (self.waiting and not received) or self.crew.is_working():
             while self.crew.free and self.waiting and not received:
                 self.submit(*self.waiting.popleft())
@@ -147,6 +163,9 @@ class Sharing:
         if task in self.retried:
             self.batch.failed([task], "two workers have died of it; --debug without --workers may show why")
             self.write_page()
+            return
+        if self.received:
+            notify(f"{self.batch.name_of(task)}its worker died; --resume goes on from what it has saved")
             return
         notify(f"{self.batch.name_of(task)}its worker died; another one takes it over")
         self.retried.add(task)
