@@ -167,6 +167,24 @@ def describe(path, capsys):
     return capsys.readouterr().out
 
 
+STARTED_FOR = "DEEPSTYLE_STARTED_FOR"  # in the environment of a process and of all that it starts
+
+
+def left_of(mark):
+    """The command lines of those processes that were started for this, as STARTED_FOR says, and that do not end."""
+
+    def there():
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(STARTED_FOR) == str(mark):
+                    yield " ".join(process.cmdline())
+
+    deadline = time.monotonic() + 20
+    while (left := list(there())) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
 def wait_for(path, process):
     """Until the file is there, which a process under way is to write."""
     while not path.exists():

@@ -1,19 +1,17 @@
 """One picture on several workers: what they compute is the same, and what happens to them loses nothing."""
 
-import contextlib
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from conftest import IMAGES, SMALL, describe, run, smooth_picture, wait_for
+from conftest import IMAGES, SMALL, STARTED_FOR, describe, left_of, run, smooth_picture, wait_for
 
 import deepstyle
 from deepstyle_app import crew as crews
@@ -224,7 +222,7 @@ def start(picture_files, prefix, *flags, address=None):
     command = [sys.executable, str(program), *picture_files, str(prefix), *SMALL, "--workers", "2", *flags]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"RAY_ADDRESS": address} if address else {}
-    environment["DEEPSTYLE_STARTED_FOR"] = str(prefix)  # so does all that it starts
+    environment[STARTED_FOR] = str(prefix)
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
     )
@@ -233,21 +231,6 @@ def start(picture_files, prefix, *flags, address=None):
 def state_of(prefix):
     with np.load(f"{prefix}_state.npz") as state:
         return int(state["iteration"]), bool(state["partial"])
-
-
-def left_of(prefix):
-    """The command lines of those processes that `start` has started, or Ray for it, and that do not end."""
-
-    def there():
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("DEEPSTYLE_STARTED_FOR") == str(prefix):
-                    yield " ".join(process.cmdline())
-
-    deadline = time.monotonic() + 20
-    while (left := list(there())) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
 
 
 @pytest.mark.skipif(usable_cores() < 2, reason="two workers need two cores")
