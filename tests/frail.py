@@ -60,7 +60,8 @@ class FrailWorker(PhotoWorker):
             return act(*given)
 
     def happens(self, what):
-        if what == "death":
+        if what.startswith("death"):  # as soon as some files are there
+            wait_until(lambda: all(os.path.exists(path) for path in what.split()[1:]))
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "sleep":
             time.sleep(60)

@@ -180,8 +180,10 @@ def test_all_pairs_of_photos_and_styles_are_made_and_a_sheet_of_them_while_it_go
     for photo, style in pairs:
         assert f'href="{photo}/{style}/sheet.html"' in page
         assert (tmp_path / "out" / photo / style / LAST).exists()
-    assert main(command(photos / "b.jpg", out="alone", style="styles/wave.png")) == 0
     pair = tmp_path / "out" / "b.jpg" / "wave.png" / LAST
+    # Its report says the command by the name that it has here.
+    assert re.search(rf">deepstyle {photos}/b.jpg ", (pair.parent / "sheet.html").read_text())
+    assert main(command(photos / "b.jpg", out="alone", style="styles/wave.png")) == 0
     np.testing.assert_array_equal(pixels(pair), pixels(tmp_path / "alone" / LAST))
 
 
@@ -227,8 +229,10 @@ def test_a_picture_whose_worker_dies_is_taken_over_once_from_what_it_saved_itsel
     # The first worker of b.jpg dies before it begins: what is there then is an earlier command's.
     assert main(command(photos / "b.jpg", "--num_iter", "1", out="out/b.jpg")) == 0
     capfd.readouterr()
-    for moment in ("a.jpg saved 1", "b.jpg begins", "b.jpg saving 2"):
-        (crew.plans / moment).write_text("death")
+    others = " ".join(f"{tmp_path}/out/{name}/{LAST}" for name in ("a.jpg", "c.png"))
+    # The second death is what comes last, so that nothing else puts it on the sheet.
+    for moment, what in {"a.jpg saved 1": "", "b.jpg begins": "", "b.jpg saving 2": others}.items():
+        (crew.plans / moment).write_text(f"death {what}")
     assert paint("--report", "sheet.html") == 1
     out, err = capfd.readouterr()
     taken = [f"deepstyle: {which}: its worker died; another one takes it over" for which in ("1/3 a.jpg", "2/3 b.jpg")]
