@@ -20,7 +20,7 @@ from deepstyle_support.reading import shape_of
 from deepstyle_support.weights import load_weights
 
 from .batch import Batch, Task
-from .inputs import read_others
+from .inputs import read_common, read_others
 from .job import Job
 from .ownership import RunFiles, base_path
 from .run import Shared, run
@@ -36,11 +36,12 @@ class Group:
 
     job: Job  # with this style
     tasks: list[Task]
+    common: dict[str, Any] | None = None  # all pictures but photos and styles, once they are read
     others: dict[str, Any] | None = None  # all pictures but the photos, if they are at hand
 
     def read_others(self) -> dict[str, Any]:
         """All pictures but the photos; what there is to say of them was said when they were checked."""
-        return self.others or read_others(dataclasses.replace(self.job, quiet=True))
+        return self.others or read_others(dataclasses.replace(self.job, quiet=True), self.common)
 
 
 def is_many(job: Job) -> bool:
@@ -140,11 +141,18 @@ def check(job: Job, groups: list[Group], batch: Batch, free: tuple[float, float]
     RunFiles.of(common).check(common.inputs(), (MIN_SIDE, MIN_SIDE))
     if job.report:
         batch.check_page(job.report)
+    masks_and_start = read_common(job)
+    if len(groups) > 1:  # what no style can be made with is wrong with the command, not with each of them
+        check_others({"styles": (np.zeros((MIN_SIDE, MIN_SIDE, 3), np.uint8),), **masks_and_start}, job, free)
     for group in groups:
+        group.common = masks_and_start
         with (
             batch.failures(group.tasks, Path(group.job.style[0]).name) if len(groups) > 1 else contextlib.nullcontext()
         ):
-            others = checked_others(group.job, free)
+            for path in group.job.style:
+                require_file(path)
+            others = read_others(group.job, masks_and_start)
+            check_others(others, group.job, free)
             group.others = others if len(groups) == 1 else None
     for photo in dict.fromkeys(task.job.content for task in batch.tasks):
         of_photo = [task for task in batch.left() if task.job.content == photo]
@@ -157,17 +165,13 @@ def check(job: Job, groups: list[Group], batch: Batch, free: tuple[float, float]
         notify(f"folders in '{folder}' are not looked into: {as_typed(names)}")
 
 
-def checked_others(job: Job, free: tuple[float, float]) -> dict[str, Any]:
-    """The pictures that all photos of one style share. Raises UserError for what is wrong whatever the photo."""
-    for path in job.style:
-        require_file(path)
-    others = read_others(job)
+def check_others(others: dict[str, Any], job: Job, free: tuple[float, float]) -> None:
+    """Raise UserError for what is wrong, whatever the photo, with pictures as `read_others` returns them."""
     # What a square photo would be refused for is no photo's fault, but that it is too large.
     square = Pictures(np.zeros((MIN_SIDE, MIN_SIDE, 3), np.uint8), **others)
     with contextlib.suppress(TooLarge):
         planned(square, job.settings, functools.partial(plan_memory, found=free))
         check_agreement(square, job.settings)
-    return others
 
 
 def require_file(path: str) -> None:

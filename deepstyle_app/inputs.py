@@ -22,21 +22,29 @@ def read_inputs(job: Job, others: dict[str, Any] | None = None) -> Pictures:
     return Pictures(content, **(read_others(job) if others is None else others))
 
 
-def read_others(job: Job) -> dict[str, Any]:
-    """All pictures but the content, by their names in Pictures. Raises UserError if one cannot be read."""
-    settings = job.settings
+def read_others(job: Job, common: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All pictures but the content, by their names in Pictures. Raises UserError if one cannot be read.
+
+    common: what `read_common` returned, if all but the styles have been read.
+    """
+    styles = tuple(on_colour(read_named(path, job), job.settings.background) for path in job.style)
+    others = {"styles": styles, **(read_common(job) if common is None else common)}
+    if len(job.style) > len(job.settings.style_weight) and not job.quiet:
+        weight = as_typed(job.settings.style_weight)
+        notify(f"the --style_weight {weight} is shared out among {len(job.style)} styles")
+    return others
+
+
+def read_common(job: Job) -> dict[str, Any]:
+    """All pictures but the content and the styles, by their names in Pictures. Raises UserError as `read_others`."""
     read = functools.partial(read_named, job=job)
     read_mask = functools.partial(read, as_mask=True)
-    others: dict[str, Any] = {
-        "styles": tuple(on_colour(read(path), settings.background) for path in job.style),
+    return {
         "style_masks": tuple(map(read_mask, job.style_masks)),
         "content_mask": None if job.content_mask is None else read_mask(job.content_mask),
         "color_mask": None if job.color_mask is None else read_mask(job.color_mask),
-        "start": read_start(settings, read),
+        "start": read_start(job.settings, read),
     }
-    if len(job.style) > len(settings.style_weight) and not job.quiet:
-        notify(f"the --style_weight {as_typed(settings.style_weight)} is shared out among {len(job.style)} styles")
-    return others
 
 
 def read_named(path: str, job: Job, as_mask: bool = False) -> np.ndarray:

@@ -112,10 +112,30 @@ def test_resume_makes_only_the_pairs_that_are_not_there(folders, capsys):
     assert (folders / "out" / "wave.png" / LAST).stat().st_mtime_ns == before
 
 
-def test_the_notes_of_a_style_are_shown_once(folders, capsys, monkeypatch):
+@pytest.mark.parametrize("odd", ["wave.png", "mask.png"])
+def test_the_notes_of_a_style_or_a_mask_are_shown_once(folders, capsys, monkeypatch, odd):
     read = inputs.read_picture
     monkeypatch.setattr(
-        inputs, "read_picture", lambda path, *given: (read(path, *given)[0], ["is odd"] if "wave" in path else [])
+        inputs, "read_picture", lambda path, *given: (read(path, *given)[0], ["is odd"] if odd in path else [])
     )
-    assert paint(folders, "photos", "styles") == 0
+    save(folders / "mask.png", 6)
+    assert paint(folders, "photos", "styles", "--content_mask", str(folders / "mask.png")) == 0
     assert capsys.readouterr().err.count("is odd") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--style_weight", "1", "2"), "--style_weight has 2 weights for 1 styles"),
+        (("--style_masks", "{photo}", "{photo}"), "there are 2 style masks for 1 styles"),
+        (("--content_mask", "{folder}"), "cannot read the picture"),
+        (("--init_image", "contnet"), "--init_image is 'contnet'"),
+        (("--style_size", "16"), "a style picture would have 16 x 16 pixels"),
+    ],
+)
+def test_what_is_wrong_with_the_command_is_no_styles_fault(folders, capsys, flags, message):
+    names = {"photo": folders / "photos" / "b.png", "folder": folders / "styles"}
+    assert paint(folders, "photos", "styles", *(flag.format(**names) for flag in flags)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"deepstyle: error: {message}")
+    assert not (folders / "out").exists()
