@@ -58,8 +58,8 @@ class Batch:
     thing: str = "photo"  # what one of them is called
     debug: bool = False
     _no_page: str = ""  # why the latest page could not be written, in words
-    # What is wrong, by what it is wrong with, and with which of them first.
-    _failed: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    # What it is wrong with, and what: with which of them first. A photo and a style may have the same name.
+    _failed: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
     _owners: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
 
     def left(self) -> list[Task]:
@@ -99,8 +99,9 @@ class Batch:
         name = printable(name or tasks[0].name)
         for task in tasks:
             task.failure = task.failure or why
-        self._failed[name] = self.tasks.index(tasks[0]), why
-        notify(f"{name} fails: {why}")
+        if (name, why) not in self._failed:  # a file that is a photo and a style is bad once
+            self._failed[name, why] = self.tasks.index(tasks[0])
+            notify(f"{name} fails: {why}")
 
     def name_of(self, task: Task) -> str:
         """What to call the picture while it is painted."""
@@ -150,7 +151,7 @@ class Batch:
             done = sum(task.is_done for task in self.tasks)
             of = f"{done} of {self.counted(len(self.tasks))}"
             notify(f"{of} are done; the same command with --resume does what is not")
-        for name, (_, why) in sorted(self._failed.items(), key=lambda failed: failed[1][0]):
+        for name, why in sorted(self._failed, key=lambda failed: self._failed[failed]):
             notify(f"failed: {name}: {why}")
         if self._no_page:
             notify(f"no page of the {self.thing}s: {self._no_page}")

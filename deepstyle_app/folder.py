@@ -160,9 +160,9 @@ def check(job: Job, groups: list[Group], batch: Batch, free: tuple[float, float]
             with batch.failures(of_photo, Path(photo).name):
                 require_file(photo)
                 picture_sizes(shape_of(photo, job.allow_large), job.settings)
-    passed_over = [*folders_in(job.content, batch.results), *folders_in(job.style[0], batch.results)]
-    for folder, names in passed_over if not job.quiet else []:
-        notify(f"folders in '{folder}' are not looked into: {as_typed(names)}")
+    for folder in dict.fromkeys((job.content, job.style[0])) if not job.quiet else ():
+        if names := folders_in(folder, batch.results):
+            notify(f"folders in '{folder}' are not looked into: {as_typed(names)}")
 
 
 def check_others(others: dict[str, Any], job: Job, free: tuple[float, float]) -> None:
@@ -193,13 +193,12 @@ def files_in(folder: str, results: Path) -> list[Path]:
     return files
 
 
-def folders_in(folder: str, results: Path) -> list[tuple[str, list[str]]]:
-    """If it is a folder: it, and the names of the folders in it that are passed over, less that of the results."""
+def folders_in(folder: str, results: Path) -> list[str]:
+    """If it is a folder: the names of the folders in it that are passed over, less that of the results."""
     if not os.path.isdir(folder):
         return []
     own = results.resolve(), *results.resolve().parents
-    names = sorted(path.name for path in entries(Path(folder)) if path.is_dir() and path.resolve() not in own)
-    return [(folder, names)] if names else []
+    return sorted(path.name for path in entries(Path(folder)) if path.is_dir() and path.resolve() not in own)
 
 
 def entries(folder: Path) -> list[Path]:

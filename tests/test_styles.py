@@ -139,3 +139,22 @@ def test_what_is_wrong_with_the_command_is_no_styles_fault(folders, capsys, flag
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"deepstyle: error: {message}")
     assert not (folders / "out").exists()
+
+
+def test_a_folder_that_is_photos_and_styles_is_spoken_of_once(folders, capsys):
+    (folders / "photos" / "notes.txt").write_text("no picture")
+    (folders / "photos" / "inside").mkdir()
+    assert paint(folders, "photos", "photos") == 1
+    fails, passed_over, done, failed = capsys.readouterr().err.splitlines()
+    assert fails.startswith("deepstyle: notes.txt fails: ")
+    assert passed_over == f"deepstyle: folders in '{folders}/photos' are not looked into: inside"
+    assert done.startswith("deepstyle: 4 of 9 pictures are done; ")
+    assert failed.startswith("deepstyle: failed: notes.txt: ")
+
+
+def test_a_photo_and_a_style_of_one_name_that_both_fail_are_both_named_at_the_end(folders, capsys):
+    for folder in ("photos", "styles"):
+        (folders / folder / "notes.txt").write_text("no picture")
+    assert paint(folders, "photos", "styles") == 1
+    end = [line for line in capsys.readouterr().err.splitlines() if "failed: notes.txt: " in line]
+    assert [re.search("'.*/(.*)/notes.txt'", line)[1] for line in end] == ["photos", "styles"]
