@@ -44,6 +44,11 @@ class Task:
         self.job = dataclasses.replace(self.job, resume=True)
 
     @property
+    def is_left(self) -> bool:
+        """Whether its run has neither ended nor failed."""
+        return not (self.ending or self.failure)
+
+    @property
     def is_done(self) -> bool:
         return self.ending is not None and self.ending.status == 0
 
@@ -64,7 +69,7 @@ class Batch:
 
     def left(self) -> list[Task]:
         """Those whose run has neither ended nor failed."""
-        return [task for task in self.tasks if not (task.ending or task.failure)]
+        return [task for task in self.tasks if task.is_left]
 
     def counted(self, number: int) -> str:
         return counted(number, self.thing)
@@ -139,8 +144,7 @@ class Batch:
         self._no_page = ""
         assert job.report
         try:
-            waiting = self.left()
-            cards = {tuple(task.names): None if task in waiting else task.card(job.report) for task in self.tasks}
+            cards = {tuple(task.names): None if task.is_left else task.card(job.report) for task in self.tasks}
             write_index(real(self.results / job.report), title_of(job.content, *job.style), cards, self.thing)
         except Exception as error:
             self._no_page = describe_error(error, self.debug)

@@ -82,7 +82,7 @@ def run_many(job: Job) -> int:
 
 def run_group(group: Group, batch: Batch, shared: Shared, job: Job) -> None:
     """A run of each picture in one style, until a stop is asked for. shared: without the pictures that they share."""
-    left = [task for task in group.tasks if task in batch.left()]
+    left = [task for task in group.tasks if task.is_left]
     if not left or shared.received:
         return
     with batch.failures(left, Path(group.job.style[0]).name):

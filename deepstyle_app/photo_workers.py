@@ -103,8 +103,7 @@ class Sharing:
 
     def __init__(self, job: Job, crew: Crew, groups: list[Group], batch: Batch, weights: Weights):
         self.job, self.crew, self.batch, self.weights = job, crew, batch, weights
-        left = batch.left()
-        self.waiting = deque((group, task) for group in groups for task in group.tasks if task in left)
+        self.waiting = deque((group, task) for group in groups for task in group.tasks if task.is_left)
         self.others: tuple[Group, Any] | None = None  # the latest group, and Ray's reference to what its pictures share
         self.runs_before: dict[Task, str] = {}  # by what the state is known that was there before a worker began
         self.retried: set[Task] = set()

@@ -67,7 +67,7 @@ def describe_error(error: Exception, debug: bool) -> str:
     """What went wrong, in one line; with `debug` its traceback is shown as well."""
     if debug:
         traceback.print_exception(error, file=cast(TextIO, Stream("stderr")))
-    known = isinstance(error, UserError | MemoryError)
+    known = isinstance(error, UserError | MemoryError | ModuleNotFoundError)
     return reason(error) + ("" if known else "; --debug shows where")
 
 
@@ -76,6 +76,8 @@ def reason(error: BaseException) -> str:
     said = " ".join(str(error).split())
     if isinstance(error, UserError):
         return said
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"Python has no package {error.name}; 'sh run.sh' or 'pip install .' installs what is needed"
     if isinstance(error, MemoryError):
         return f"memory ran out{f': {said}' if said else ''}; a lower --image_size or --max_memory needs less"
     return ": ".join(part for part in (type(error).__name__, said) if part)

@@ -14,7 +14,7 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
-from conftest import SMALL
+from conftest import SMALL, run
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -281,9 +281,9 @@ def test_who_stops_reading_gets_no_complaint_and_the_same_status(picture_files):
     ]
     runs = [subprocess.Popen([sys.executable, str(SCRIPT), *flags], **where) for flags, where, _ in commands]
     os.close(nobody_reads)
-    for run, (_, _, status) in zip(runs, commands, strict=True):
-        assert [text for text in run.communicate() if text] == []
-        assert run.returncode == status
+    for started, (_, _, status) in zip(runs, commands, strict=True):
+        assert [text for text in started.communicate() if text] == []
+        assert started.returncode == status
 
 
 def made_somehow():
@@ -394,3 +394,11 @@ def test_a_setting_of_another_kind_is_refused_by_name(name, given, said):
         deepstyle.Settings(**{name: given})
     assert str(refused.value).startswith(f"--{name}")
     assert said in str(refused.value)
+
+
+def test_a_package_that_is_missing_is_one_line_whenever_it_is_needed(picture_files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    assert run(picture_files, tmp_path / "a") == 1
+    said = "Python has no package scipy; 'sh run.sh' or 'pip install .' installs what is needed"
+    assert capsys.readouterr().err == f"deepstyle: error: {said}\n"
