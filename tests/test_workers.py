@@ -265,6 +265,7 @@ def test_a_run_goes_on_with_another_number_of_workers_and_a_stop_saves_the_pictu
 
 
 @pytest.mark.skipif(usable_cores() < 2, reason="two workers need two cores")
+@pytest.mark.endurance  # test_photo_workers has the short form
 def test_ctrl_c_while_workers_get_ready_is_one_line_and_no_process_is_left(picture_files, tmp_path):
     prefix = tmp_path / "a"
     process = start(picture_files, prefix)
