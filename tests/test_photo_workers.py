@@ -604,7 +604,11 @@ def cluster(tmp_path):
     ours = f"cluster of {tmp_path}"
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", STARTED_FOR: ours, frail.FOLDER: str(tmp_path)}
     flags = ["--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
-    program = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start"]
+    # Ray's own client server does not start from a folder with a space, and with --block all end with it.
+    link = tmp_path / "elsewhere" / "environment"
+    link.symlink_to(sys.prefix)
+    python = link / Path(sys.executable).relative_to(sys.prefix)
+    program = [str(python), "-c", "from ray.scripts.scripts import main; main()", "start"]
     with (tmp_path / "elsewhere" / "log").open("w") as log:
         process = subprocess.Popen(
             [*program, *flags, "--disable-usage-stats"],
