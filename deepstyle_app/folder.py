@@ -94,8 +94,7 @@ def run_group(group: Group, batch: Batch, shared: Shared, job: Job) -> None:
                 began = time.perf_counter()
                 ending = run(task.job, shared, batch.name_of(task))
                 batch.ended(task, ending, time.perf_counter() - began)
-            if job.report:
-                batch.write_page(job)
+            batch.write_page(job)
 
 
 def groups_of(job: Job) -> tuple[list[Group], Batch]:
@@ -154,12 +153,13 @@ def check(job: Job, groups: list[Group], batch: Batch, free: tuple[float, float]
             others = read_others(group.job, masks_and_start)
             check_others(others, group.job, free)
             group.others = others if len(groups) == 1 else None
-    for photo in dict.fromkeys(task.job.content for task in batch.tasks):
-        of_photo = [task for task in batch.left() if task.job.content == photo]
-        if of_photo:
-            with batch.failures(of_photo, Path(photo).name):
-                require_file(photo)
-                picture_sizes(shape_of(photo, job.allow_large), job.settings)
+    by_photo: dict[str, list[Task]] = {}
+    for task in batch.left():
+        by_photo.setdefault(task.job.content, []).append(task)
+    for photo, tasks in by_photo.items():
+        with batch.failures(tasks, Path(photo).name):
+            require_file(photo)
+            picture_sizes(shape_of(photo, job.allow_large), job.settings)
     for folder in dict.fromkeys((job.content, job.style[0])) if not job.quiet else ():
         if names := folders_in(folder, batch.results):
             notify(f"folders in '{folder}' are not looked into: {as_typed(names)}")

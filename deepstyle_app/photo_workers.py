@@ -137,7 +137,7 @@ class Sharing:
             self.runs_before[task] = RunFiles.of(task.job).record().run
             self.crew.submit((group, task), "paint", task.job, self.batch.name_of(task), self.others[1])
         if task.failure:
-            self.write_page()
+            self.batch.write_page(self.job)
 
     def take(self, key: tuple[Group, Task], result: Any, died: bool) -> None:
         """Take what became of a picture."""
@@ -155,13 +155,13 @@ class Sharing:
                 self.batch.failed([task], result.failure)
             else:
                 self.batch.ended(task, result.ending, result.seconds)
-        self.write_page()
+        self.batch.write_page(self.job)
 
     def try_again(self, group: Group, task: Task) -> None:
         """A picture whose worker has died is given to another one, once: it goes on from what the first has saved."""
         if task in self.retried:
             self.batch.failed([task], "two workers have died of it; --debug without --workers may show why")
-            self.write_page()
+            self.batch.write_page(self.job)
             return
         if self.received:
             notify(f"{self.batch.name_of(task)}its worker died; --resume goes on from what it has saved")
@@ -172,10 +172,6 @@ class Sharing:
         if RunFiles.of(task.job).record().run != self.runs_before[task]:
             task.resume()
         self.waiting.appendleft((group, task))
-
-    def write_page(self) -> None:
-        if self.job.report:
-            self.batch.write_page(self.job)
 
     def close(self) -> None:
         self.crew.end()

@@ -16,6 +16,7 @@ def start() -> NoReturn:
         sys.stderr.write("deepstyle: interrupted before the painting began\n")
         sys.exit(130)
     except ModuleNotFoundError as missing:
-        how = "'sh run.sh' or 'pip install .' installs what is needed"
-        sys.exit(f"deepstyle: error: Python has no package {missing.name}; {how}")
+        from deepstyle_support.messages import lacks_package  # which needs no package itself
+
+        sys.exit(f"deepstyle: error: {lacks_package(missing.name)}")
     leave(main())

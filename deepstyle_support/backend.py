@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .limits import left_by_ulimits
-from .messages import UserError, require_choice, silenced_stderr
+from .messages import UserError, lacks_package, require_choice, silenced_stderr
 
 BACKENDS = ("tensorflow", "jax", "torch")
 # What is set in the environment before Keras is loaded, unless the person has set it.
@@ -79,7 +79,7 @@ def why_not_loaded(error: Exception, asked: str | None) -> UserError:
         return UserError(f"memory ran out while Keras was loaded with {backend}: {said}; see to {limits}", status=1)
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing and missing not in BACKENDS:
-        return UserError(f"Python has no package {missing}; 'sh run.sh' or 'pip install .' installs what is needed")
+        return UserError(lacks_package(missing))
     named = f"KERAS_BACKEND={backend}" if asked else f"{backend}, its backend"
     other = "KERAS_BACKEND=tensorflow is what run.sh installs" if backend != BACKENDS[0] else "'sh run.sh' installs it"
     if missing:

@@ -77,10 +77,15 @@ def reason(error: BaseException) -> str:
     if isinstance(error, UserError):
         return said
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"Python has no package {error.name}; 'sh run.sh' or 'pip install .' installs what is needed"
+        return lacks_package(error.name)
     if isinstance(error, MemoryError):
         return f"memory ran out{f': {said}' if said else ''}; a lower --image_size or --max_memory needs less"
     return ": ".join(part for part in (type(error).__name__, said) if part)
+
+
+def lacks_package(name: str | None) -> str:
+    """What is said of a package that the program needs and Python has not."""
+    return f"Python has no package {name}; 'sh run.sh' or 'pip install .' installs what is needed"
 
 
 def notify(message: str) -> None:
