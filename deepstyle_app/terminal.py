@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
+import psutil
+
 from deepstyle import Iteration, State
 from deepstyle_support.messages import Stream
 
@@ -118,6 +120,9 @@ def signals_as_requests(received: list[int] | None = None) -> Iterator[list[int]
         nonlocal interrupted
         if number == signal.SIGINT and time.monotonic() > interrupted + SAME_STOP:
             os.write(1, b"\x1b[?25h" if os.isatty(1) else b"")  # the progress bar hid the cursor
+            for process in psutil.Process().children(recursive=True):  # some of Ray's would stay for a minute
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
             os._exit(128 + number)
         if number == signal.SIGINT:
             interrupted = min(interrupted, time.monotonic())

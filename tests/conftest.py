@@ -170,16 +170,20 @@ def describe(path, capsys):
 STARTED_FOR = "DEEPSTYLE_STARTED_FOR"  # in the environment of a process and of all that it starts
 
 
-def left_of(mark):
-    """The command lines of those processes that were started for this, as STARTED_FOR says, and that do not end."""
+def left_of(mark, group, seconds=20):
+    """The command lines of those processes that were started for this, as STARTED_FOR says, and that do not end.
+
+    group: the process that began them all. Ray's agents write their titles over their environment, but stay in its group.
+    """
 
     def there():
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(STARTED_FOR) == str(mark):
-                    yield " ".join(process.cmdline())
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                ours = process.pid != group.pid and os.getpgid(process.pid) == group.pid
+                if ours or process.environ().get(STARTED_FOR) == str(mark):
+                    yield " ".join(process.cmdline()).strip()
 
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + seconds
     while (left := list(there())) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left

@@ -251,7 +251,7 @@ def test_a_run_goes_on_with_another_number_of_workers_and_a_stop_saves_the_pictu
     assert third.startswith("in tiles of at most 32 pixels, ")
     assert all(line.startswith("iteration ") for line in iterations)  # nothing of Ray's
     assert re.fullmatch(r"deepstyle: stopped.*, and the same command with --resume goes on from there\n", err)
-    assert left_of(prefix) == []
+    assert left_of(prefix, process) == []
     done, partial = state_of(prefix)
     assert done >= 2
     assert Path(f"{prefix}_at_iteration_{done + partial}.png").exists()
@@ -275,7 +275,7 @@ def test_ctrl_c_while_workers_get_ready_is_one_line_and_no_process_is_left(pictu
     assert process.returncode == 130
     assert err.startswith("deepstyle: stopped")
     assert err.count("\n") == 1
-    assert left_of(prefix) == []
+    assert left_of(prefix, process) == []
 
 
 def test_a_cluster_that_is_not_there_is_one_line_and_soon(picture_files, tmp_path):
