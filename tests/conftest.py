@@ -173,7 +173,7 @@ STARTED_FOR = "DEEPSTYLE_STARTED_FOR"  # in the environment of a process and of 
 def left_of(mark, group, seconds=20):
     """The command lines of those processes that were started for this, as STARTED_FOR says, and that do not end.
 
-    group: the process that began them all. Ray's agents write their titles over their environment, but stay in its group.
+    group: the process that began them all. Ray's agents write titles over their environment, but stay in its group.
     """
 
     def there():
