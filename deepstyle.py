@@ -24,7 +24,6 @@ import functools
 import hashlib
 import math
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
@@ -34,12 +33,11 @@ import numpy as np
 from PIL import Image
 
 from deepstyle_support.backend import all_finite, as_array, differentiable, import_keras, out_of_memory
-from deepstyle_support.callbacks import Closed, as_generator
 from deepstyle_support.colours import match_colours, recolour, with_colours_of
-from deepstyle_support.convolution import convolve
-from deepstyle_support.engine import Engine
+from deepstyle_support.convolution import FULL, convolve
+from deepstyle_support.engine import Engine, Networks
 from deepstyle_support.images import MEAN_BGR, enlarge, from_input_space, resize, to_input_space
-from deepstyle_support.lbfgs import Curvature, device_lbfgs
+from deepstyle_support.lbfgs import Curvature, device_lbfgs, scipy_lbfgs
 from deepstyle_support.masks import Place, mask_on_grid, masks_at_places, opaque_at_places
 from deepstyle_support.memory import MIN_SIDE, Plan, overhead_of, plan_memory, plan_or_advice, smaller_tile
 from deepstyle_support.messages import UserError
@@ -56,6 +54,7 @@ __version__ = "0.2.0"
 CONTENT, STYLE, VARIATION = "content", "style", "total variation"  # the kinds of losses
 Tensor = Any  # one of the backend's, or an array where it takes one
 Size = tuple[int, int]  # (rows, columns)
+MIXED_SHARE = 0.8  # of a run's evaluations in full size: with --precision mixed, the rest is computed in full
 
 
 # ----------------------------------------------------------------------------------- network
@@ -66,7 +65,7 @@ def features(
 ) -> Iterator[tuple[str, Tensor]]:
     """The network's features of x at `layers`, one layer after another and no deeper than the deepest of them.
 
-    x: (H, W, 3) tensor in input space, network: from `on_device` -> (layer, (h, w, C)), after the ReLU. Each pooling
+    x: (H, W, 3) tensor in input space, network: of `Networks` -> (layer, (h, w, C)), after the ReLU. Each pooling
     halves the rows and columns, rounding down. "ave" is the paper's choice, "max" the network's own.
     """
     ops = import_keras().ops
@@ -259,6 +258,7 @@ class TiledLoss:
     masks: dict[Place, np.ndarray]
     size: Size  # of the whole picture
     pool_type: str
+    factors: str = FULL  # the type that those of the convolutions are rounded to
     content: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # as in Targets; in NumPy: not on a GPU
     style: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -270,27 +270,35 @@ class TiledLoss:
         """The term of this name alone."""
         return dataclasses.replace(self, terms=tuple(term for term in self.terms if term.name == name))
 
-    def interior_features(self, network: dict, tile: Tile, x: Tensor, layers: Collection[str]) -> dict[str, np.ndarray]:
+    def interior_features(
+        self, networks: Networks, tile: Tile, x: Tensor, layers: Collection[str]
+    ) -> dict[str, np.ndarray]:
         """{layer: (h, w, C)} at the tile's own positions. x: (H, W, 3) in input space, the whole picture."""
-        found = features(tile.of(x), network, layers, self.pool_type)
+        found = features(tile.of(x), networks[self.factors], layers, self.pool_type)
         return {layer: as_array(f[tile.at(stride(layer)).within]) for layer, f in found}
 
     def grams(
-        self, network: dict, tile: Tile, x: Tensor, places: list[Place], masks: dict[Place, np.ndarray] | None = None
+        self,
+        networks: Networks,
+        tile: Tile,
+        x: Tensor,
+        places: list[Place],
+        masks: dict[Place, np.ndarray] | None = None,
     ) -> dict[Place, np.ndarray]:
         """The first pass: what the tile's own positions add to the picture's Gram matrices, {place: (C, C)}.
 
         masks: those of another picture than the generated one, (h, w, 1) for each place that has one.
         """
         ops, found = import_keras().ops, {}
-        for layer, f in features(tile.of(x), network, {place.layer for place in places}, self.pool_type):
+        layers = {place.layer for place in places}
+        for layer, f in features(tile.of(x), networks[self.factors], layers, self.pool_type):
             for place in (place for place in places if place.layer == layer):
                 mask = self._mask(tile, place, self.masks if masks is None else masks)
                 found[place] = as_array(gram_matrix(f, None if mask is None else ops.convert_to_tensor(mask)))
         return found
 
     def parts_and_gradient(
-        self, network: dict, tile: Tile, x: Tensor, whole_grams: dict[Place, np.ndarray]
+        self, networks: Networks, tile: Tile, x: Tensor, whole_grams: dict[Place, np.ndarray]
     ) -> tuple[dict[str, float], Tensor]:
         """The second pass: what the tile's own positions add to each term, and the gradient of that in its window.
 
@@ -299,7 +307,7 @@ class TiledLoss:
         content = {layer: f[tile.at(stride(layer)).window] for layer, f in self.content.items()}
         masks = {place: mask for place in self.places() if (mask := self._mask(tile, place, self.masks)) is not None}
         differentiated = compiled(self.terms, math.prod(self.size), self.pool_type)
-        return differentiated(tile.of(x), network, Targets(content, self.style, masks, whole_grams))
+        return differentiated(tile.of(x), networks[self.factors], Targets(content, self.style, masks, whole_grams))
 
     def _mask(self, tile: Tile, place: Place, masks: dict[Place, np.ndarray]) -> np.ndarray | None:
         """(h, w, 1): how much each position of the tile's window counts; None where all count the same."""
@@ -322,6 +330,9 @@ class Watch:
 
     def smaller_tiles(self, tile: int) -> None:
         """Memory ran out, and it goes on in tiles of at most so many pixels."""
+
+    def in_full(self) -> None:
+        """From here on the convolutions' factors are rounded no more, as they were until now."""
 
 
 # --------------------------------------------------------------------------------- objective
@@ -370,12 +381,14 @@ class Objective:
         if not isinstance(weights, dict):
             weights, _ = load_weights(settings.weights, settings.seed, settings.model)
         engine = Engine(Plan(settings.tile_pixels, settings.history), weights, settings.padding)
+        self.full_from = math.inf
         self._prepare(pictures, settings, engine, settings.content_weight, Watch())
 
     @classmethod
     def at(cls, stage: "Stage", engine: Engine, watch: Watch) -> "Objective":
         """The objective of a stage's picture, computed by this engine."""
         objective = cls.__new__(cls)
+        objective.full_from = stage.full_from  # evaluations
         objective._prepare(stage.shown(), stage.settings, engine, stage.content_weight, watch)
         return objective
 
@@ -394,6 +407,8 @@ class Objective:
         content = self._in_memory(self._content_targets, without_targets, to_input_space(filled(pictures.content)))
         style = self._in_memory(self._style_targets, without_targets, pictures.styles)
         self.tiled = dataclasses.replace(without_targets, content=content, style=style)
+        self.rounded = dataclasses.replace(self.tiled, factors=engine.factors(settings.precision))
+        self.in_full = self.rounded.factors == FULL
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         evaluation = self.evaluate(x)
@@ -406,11 +421,19 @@ class Objective:
         """
         if tuple(getattr(x, "shape", ())) != (*self.size, 3):
             raise UserError(f"x is no array of the content's shape, {(*self.size, 3)}")
-        parts, gradient = self._in_memory(self._two_passes, self.tiled, x)
+        tiled = self.tiled if self.in_full else self.rounded
+        parts, gradient = self._in_memory(self._two_passes, tiled, x)
         evaluation = Evaluation(losses_of(self.tiled.terms, parts), parts, gradient)
         if not (math.isfinite(evaluation.loss) and all_finite(gradient)):
-            raise UserError(f"the {self._part_gone_wrong(x)} loss is no longer finite; lower its weight", status=1)
+            raise UserError(
+                f"the {self._part_gone_wrong(tiled, x)} loss is no longer finite; lower its weight", status=1
+            )
         return evaluation
+
+    def go_on_in_full(self) -> None:
+        """Round the convolutions' factors no more."""
+        self.in_full = True
+        self.watch.in_full()
 
     def _in_memory(self, compute: Callable, *given: Any) -> Any:
         """compute(*given), again in smaller tiles each time that memory runs out: only the rounding differs.
@@ -509,10 +532,10 @@ class Objective:
 
         return self.engine.cache.get(key, compute)
 
-    def _part_gone_wrong(self, x: Tensor) -> str:
+    def _part_gone_wrong(self, tiled: TiledLoss, x: Tensor) -> str:
         """The name of the part whose value or gradient is not finite, each computed alone."""
-        for term in self.tiled.terms:
-            parts, gradient = self._two_passes(self.tiled.only(term.name), x)
+        for term in tiled.terms:
+            parts, gradient = self._two_passes(tiled.only(term.name), x)
             if not (math.isfinite(parts[term.name]) and all_finite(gradient)):
                 return term.name
         return "summed"
@@ -538,6 +561,7 @@ class State:
     evaluations: int = 0
     partial: bool = False  # whether it is within an iteration, not at the end of one
     curvature: Callable[[], Curvature | None] = lambda: None  # what the optimiser knows here, as long as it is here
+    in_full: bool = False  # whether it goes on in full, where before the convolutions' factors were rounded
 
     @property
     def iteration(self) -> int:
@@ -557,6 +581,7 @@ class Accepted:
     evaluation: Evaluation
     count: int
     curvature: Callable[[], Curvature | None]  # as in State
+    in_full: bool = False  # as in State
 
 
 # What an optimiser is given, and what it gives: x is (H, W, 3) float in input space.
@@ -580,6 +605,7 @@ def minimise(
     """
     watch = watch or Watch()
     count = max(0, state.evaluations - 1)  # x, where an earlier run ended, is evaluated once more
+    objective.in_full |= state.in_full or state.evaluations >= objective.full_from
     iterations, handed_over = state.iteration, 0  # evaluations up to the last point that was
     accepted: Accepted | None = None
     failure: BaseException | None = None
@@ -597,12 +623,13 @@ def minimise(
         watch.evaluated(objective.size, count, evaluation)
         return evaluation
 
+    optimise = functools.partial(ALGORITHMS[optimizer], evaluate, history=history)
     try:
-        with contextlib.closing(ALGORITHMS[optimizer](evaluate, state.x, history, state.curvature)) as points:
+        with contextlib.closing(rounded_then_full(optimise, objective, state, lambda: count)) as points:
             for x, evaluation, known in points:
                 is_first = accepted is None
                 curvature = known
-                accepted = Accepted(x, evaluation, count, functools.partial(known_at, count))
+                accepted = Accepted(x, evaluation, count, functools.partial(known_at, count), objective.in_full)
                 if is_first:
                     yield accepted
                 elif count >= (iterations + 1) * EVALUATIONS_PER_ITERATION:
@@ -621,59 +648,25 @@ def minimise(
             raise failure
 
 
-def scipy_lbfgs(evaluate: Evaluate, start: np.ndarray, history: int, curvature: object = None) -> Points:
-    """Every point that SciPy's L-BFGS-B accepts, the start first; `evaluate` may raise whatever ends it.
+def rounded_then_full(
+    optimise: Callable[..., Points], objective: Objective, state: State, count: Callable[[], int]
+) -> Points:
+    """The points of an optimiser: with rounded factors as long as that serves, then in full from where it has led to.
 
-    It works on the host in float64, and neither gives away the curvature that it has found, nor can be given one.
-
-    L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995) with `history` corrections runs once for the whole job, so that what it has
-    learnt of the curvature survives from one iteration to the next, and with its own convergence tests off. When it
-    gives up on a line search, as noise in float32 can make it, it is started again from where it is. It ends by itself
-    only when that has brought nothing twice in a row.
+    It serves for `full_from` evaluations, and until a line search finds nothing better: so small the steps are then
+    that rounding stands in their way. What has been learnt of the curvature holds in full as well.
     """
-    from scipy import optimize
-
-    def optimise(hand_over: Callable, closed: threading.Event) -> None:
-        evaluation: Any = None  # the latest
-
-        def loss_at(flat: np.ndarray) -> float:
-            nonlocal evaluation
-            if closed.is_set():
-                raise Closed
-            is_first = evaluation is None
-            evaluation = evaluate(flat.reshape(start.shape))
-            if is_first:
-                accept(flat)
-            return evaluation.loss
-
-        def gradient_at(flat: np.ndarray) -> np.ndarray:
-            # SciPy asks for it where it has just asked for the loss. Given both at once, it keeps one more copy of x.
-            return evaluation.gradient.ravel()
-
-        def accept(flat: np.ndarray) -> None:
-            # Without the gradient, which is as large as the picture.
-            hand_over((flat.reshape(start.shape).copy(), dataclasses.replace(evaluation, gradient=None), None))
-
-        def callback(intermediate_result: optimize.OptimizeResult) -> None:
-            # The line search stops at the point that it accepts, so the latest evaluation is that point's.
-            assert intermediate_result.fun == evaluation.loss
-            accept(intermediate_result.x)
-
-        def solve(flat: np.ndarray) -> tuple[np.ndarray, float]:
-            options = {"ftol": 0, "gtol": 0, "maxiter": sys.maxsize, "maxfun": sys.maxsize, "maxcor": history}
-            result = optimize.minimize(
-                loss_at, flat, jac=gradient_at, method="L-BFGS-B", callback=callback, options=options
-            )
-            # Not all of it: it refers to the corrections, which would stay while the next run makes its own.
-            return result.x, result.fun
-
-        (flat, loss), fruitless = solve(np.asarray(start, np.float64).ravel()), 0
-        while fruitless < 2:
-            before = loss
-            flat, loss = solve(flat)
-            fruitless = 0 if loss < before else fruitless + 1
-
-    return as_generator(optimise)
+    x, learnt = state.x, state.curvature
+    if not objective.in_full:
+        with contextlib.closing(optimise(start=x, learnt=learnt, restarts=False)) as points:
+            for x, evaluation, known in points:
+                learnt = [known].pop  # which keeps it only until it is asked
+                if count() >= objective.full_from:
+                    break
+                yield x, evaluation, known
+        objective.go_on_in_full()
+        del evaluation, known
+    yield from optimise(start=x, learnt=learnt)
 
 
 ALGORITHMS: dict[str, Callable[..., Points]] = {"scipy": scipy_lbfgs, "device": device_lbfgs}
@@ -698,6 +691,11 @@ class Stage:
     @property
     def is_full(self) -> bool:
         return self.size == self.full_size
+
+    @property
+    def full_from(self) -> float:
+        """The evaluations after which --precision mixed rounds no more; a coarse picture is only a start."""
+        return MIXED_SHARE * self.iterations * EVALUATIONS_PER_ITERATION if self.is_full else math.inf
 
     @property
     def content_weight(self) -> float:
@@ -962,12 +960,16 @@ def iterations_at(
                 improvement=improvement,
                 seconds=seconds,
                 is_coarse=not stage.is_full,
-                state=State(x, tuple(losses), accepted.count, partial, accepted.curvature),
+                state=State(x, tuple(losses), accepted.count, partial, accepted.curvature, accepted.in_full),
             )
+            if number >= stage.iterations:
+                return
+            if stage.is_full and is_enough(number, improvement, stage.settings):
+                if objective.in_full:
+                    return
+                objective.full_from = 0  # it ends in full
             del accepted, x, picture  # as large as the picture
             clock = time.perf_counter()
-            if number >= stage.iterations or (stage.is_full and is_enough(number, improvement, stage.settings)):
-                return
 
 
 def improvement_of(before: float, loss: float) -> float:

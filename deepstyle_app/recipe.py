@@ -12,7 +12,8 @@ from PIL import Image
 
 from deepstyle import __version__
 from deepstyle_support.backend import import_keras
-from deepstyle_support.memory import Plan
+from deepstyle_support.convolution import FULL
+from deepstyle_support.engine import Engine
 from deepstyle_support.messages import UserError, as_typed, printable
 from deepstyle_support.reading import harmless
 from deepstyle_support.rounding import computed_with, what_differs
@@ -36,13 +37,14 @@ class Recipe:
     version: str = __version__
 
     @classmethod
-    def of(cls, job: Job, plan: Plan, device: str = "CPU") -> "Recipe":
+    def of(cls, job: Job, engine: Engine, device: str = "CPU") -> "Recipe":
         """That of a job: with the plan as it was, however much memory there is later.
 
         It does not end early: a run that was gone on with may have made pictures that come after such an end.
         """
         backend = import_keras().backend.backend()
-        planned = {"tile": str(plan.tile or "off"), "history": plan.history}
+        precision = "full" if engine.factors(job.settings.precision) == FULL else "mixed"
+        planned = {"tile": str(engine.plan.tile or "off"), "history": engine.plan.history, "precision": precision}
         return cls(
             settings=dataclasses.asdict(job.settings) | planned | {"max_memory": 0.0, "min_improvement": 0.0},
             pictures=[job.content, *job.style],
@@ -61,7 +63,7 @@ class Recipe:
         # 0.2.0 had a program of its own for workers, which its text names, with its flags.
         program = text.get("program", [])
         return cls(
-            settings=text["settings"],
+            settings={"precision": "full"} | text["settings"],  # of an earlier version, which knew no other
             pictures=text["pictures"],
             prefix=text["prefix"],
             masks=text["masks"],

@@ -23,6 +23,7 @@ from deepstyle import (
 )
 from deepstyle_support.backend import import_keras
 from deepstyle_support.cache import Cache
+from deepstyle_support.convolution import FULL
 from deepstyle_support.engine import Engine
 from deepstyle_support.lbfgs import curvature_bytes
 from deepstyle_support.memory import plan_memory
@@ -89,6 +90,11 @@ class Prepared:
         """What of the optimiser's curvature is written at the end of the run; SciPy's is not known."""
         return bytes_of_curvature(self.stages[-1], self.engine.plan.history)
 
+    @property
+    def factors(self) -> str:
+        """The type that convolutions' factors are rounded to; float32 if they are not."""
+        return self.engine.factors(self.job.settings.precision)
+
     def way(self) -> str:
         """What must be the same for a run that goes on to make the same pictures, bit for bit, beside what shapes them.
 
@@ -98,7 +104,8 @@ class Prepared:
             return ""
         plan, computed = self.engine.plan, computed_with(import_keras().backend.backend(), __version__).values()
         optimizer = self.job.settings.optimizer
-        return f"{optimizer} with {plan.history} corrections, tile {plan.tile}, {', '.join(computed)}"
+        rounded = f"{self.factors} for {self.stages[-1].full_from} evaluations, " if self.factors != FULL else ""
+        return f"{optimizer} with {plan.history} corrections, tile {plan.tile}, {rounded}{', '.join(computed)}"
 
 
 def prepare(job: Job, shared: Shared | None) -> Prepared:
@@ -181,6 +188,9 @@ class Painting(Watch):
         self.is_exact = False
         self.console.print(f"{self.name}out of memory: trying again in tiles of at most {tile} pixels")
 
+    def in_full(self) -> None:
+        self.console.print(f"{self.name}from here on convolutions in {FULL}")
+
     def save(self, iteration: Iteration) -> None:
         """Save and show an iteration."""
         total = self.totals[iteration.state.size]
@@ -211,7 +221,7 @@ def run(job: Job, shared: Shared | None = None, name: str = "") -> Ending:
         defaults = Settings().decisive()
         before = read_state(files.state_path, prepared.shaped_by, defaults) if job.resume else None
         outputs = Outputs(files, prepared.stages, prepared.shaped_by, before, show_note)
-        if before and (nothing := why_nothing_to_do(before, prepared.stages[-1])):
+        if before and (nothing := why_nothing_to_do(before, prepared)):
             return end_at_once(prepared, outputs, nothing if not shared else "")
         device = "" if received else engine.start()  # which takes seconds
         if received:
@@ -221,7 +231,7 @@ def run(job: Job, shared: Shared | None = None, name: str = "") -> Ending:
             console.print(printable(moved) if shared else moved)
         painting = Painting(prepared, outputs, received, name, is_shown=not shared)
         show_beginning(prepared, before, device, painting.show)
-        recipe = Recipe.of(job, engine.plan, "CPU" if engine.is_repeatable() else device)
+        recipe = Recipe.of(job, engine, "CPU" if engine.is_repeatable() else device)
         outputs.begin(recipe, keeps_curvature=prepared.bytes_of_curvature > 0)
         last = painting.run()
         state = before.state if before else None
@@ -244,7 +254,8 @@ def show_beginning(prepared: Prepared, before: Saved | None, device: str, show: 
     rows, columns = full.size
     if prepared.job.resume:
         show(where_it_goes_on(before.state if before else None, full.size))
-    show(f"painting {rows} x {columns} pixels on {device}; {prepared.source}")
+    how = describe_precision(settings.precision, prepared.factors)
+    show(f"painting {rows} x {columns} pixels on {device}{how}; {prepared.source}")
     show(plan.describe(settings.history))
     if settings.optimizer == "device" and not prepared.bytes_of_curvature:
         show("what L-BFGS learns would be gigabytes and is not kept: after --resume it is learnt again")
@@ -253,12 +264,19 @@ def show_beginning(prepared: Prepared, before: Saved | None, device: str, show: 
         show("first " + ", then ".join(sizes) + " pixels")
 
 
+def describe_precision(precision: str, factors: str) -> str:
+    """How convolutions are computed, in words that follow the device's; nothing if it goes without saying."""
+    if factors != FULL:
+        return f", convolutions in {factors}"
+    return f", which multiplies nothing faster than {FULL}" if precision == "mixed" else ""
+
+
 def end_at_once(prepared: Prepared, outputs: Outputs, why: str) -> Ending:
     """End a run that has nothing left to paint; what is missing of it is written."""
     assert outputs.before
     job, state = prepared.job, outputs.before.state
     if outputs.is_behind():
-        outputs.begin(Recipe.of(job, prepared.engine.plan, "another device"))
+        outputs.begin(Recipe.of(job, prepared.engine, "another device"))
     paths = outputs.finish()
     if why and not job.quiet:
         console = console_for(job.quiet)
@@ -268,15 +286,14 @@ def end_at_once(prepared: Prepared, outputs: Outputs, why: str) -> Ending:
     return Ending(0, False, state.losses[-1].total, prepared.files.latest_picture(state.iteration))
 
 
-def why_nothing_to_do(before: Saved, full: Stage) -> str:
+def why_nothing_to_do(before: Saved, prepared: Prepared) -> str:
     """Why a run that goes on from this state has nothing left to do, in words; empty if it has."""
-    state, settings = before.state, full.settings
-    if state.size != full.size:
+    state, settings = before.state, prepared.job.settings
+    if state.size != prepared.stages[-1].size:
         return ""
     if state.iteration >= settings.num_iter:
         return f"{state.iteration} iterations are done; a larger --num_iter goes on from there"
-    ended = state.iteration and not state.partial
-    if ended:
+    if state.iteration and not state.partial and (state.in_full or prepared.factors == FULL):
         earlier, latest = (losses.total for losses in state.losses[-2:])
         if is_enough(state.iteration, improvement_of(earlier, latest), settings):
             least = f"the last iteration improved by less than {settings.min_improvement} %"

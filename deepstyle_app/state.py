@@ -85,6 +85,7 @@ def write_state(path: Path, base: Path, saved: Saved, record: Record, curvature:
     state = saved.state
     contents: dict[str, Any] = {"x": np.asarray(state.x, np.float32), "losses": np.array(state.losses)}
     contents |= {"iteration": state.iteration, "evaluations": state.evaluations, "partial": state.partial}
+    contents |= {"in_full": state.in_full}
     folder = base.parent
     extras = [
         str(extra.relative_to(folder) if extra.is_relative_to(folder) else extra) for extra in record.extras or []

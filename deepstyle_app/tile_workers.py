@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from deepstyle_support.backend import as_array, to_arrays
-from deepstyle_support.engine import Engine, on_device
+from deepstyle_support.device import fastest_factors
+from deepstyle_support.engine import Engine, Networks
 from deepstyle_support.memory import Overhead, Plan, plan_memory, shared_tile
 from deepstyle_support.messages import UserError
 from deepstyle_support.settings import Settings
@@ -33,11 +34,14 @@ class TileWorker:
     """
 
     def __init__(self, weights: Weights, padding: str):
-        self.network = on_device(weights, padding)
+        self.networks = Networks(weights, padding)
+
+    def fastest_factors(self) -> str:
+        return fastest_factors()
 
     def compute(self, method: Callable, tiled: Any, tile: Tile, *given: Any) -> Any:
         """What this method of TiledLoss gives for the tile, in arrays."""
-        return to_arrays(method(tiled, self.network, tile, *given))
+        return to_arrays(method(tiled, self.networks, tile, *given))
 
 
 class WorkersEngine(Engine):
@@ -48,11 +52,33 @@ class WorkersEngine(Engine):
     def __init__(self, crew: Crew, plan: Plan, weights: Weights, settings: Settings):
         super().__init__(plan, weights, settings.padding)
         self.crew, self.model = crew, settings.model
+        self._factors = ""  # that the workers multiply fastest; not asked yet
         self._sent_x: Any = None  # Ray's references to what was sent last
         self._sent_tiled: tuple[Any, Any] = None, None  # with the object itself
 
     def start(self) -> str:
         return self.crew.begin()
+
+    def fastest_factors(self) -> str:
+        """That of one of the workers, where they have other devices than this process."""
+        if not self.crew.began or not (self.crew.on_gpus or on_cluster()):
+            return fastest_factors()
+        if not self._factors:
+            self._employ()
+            while not self._factors:
+                if self.crew.free and not self.crew.is_working():
+                    self.crew.submit("factors", "fastest_factors")
+                if (done := self.crew.next_done()) and not done.died:
+                    self._factors = done.result
+        return self._factors
+
+    def _employ(self) -> None:
+        """Start the workers, unless that was done."""
+        import ray
+
+        if not self.crew.start:
+            self.crew.employ(TileWorker, ray.put(self.weights), self.padding)
+            self.weights = {}  # in Ray's store now
 
     def tile_at(self, size: Size) -> int:
         # A coarse size has smaller tiles, so that there is one for each worker as well.
@@ -61,9 +87,7 @@ class WorkersEngine(Engine):
     def map(self, tiles: list[Tile], compute: Callable, *given: Any) -> Iterator[Any]:
         import ray
 
-        if not self.crew.start:
-            self.crew.employ(TileWorker, ray.put(self.weights), self.padding)
-            self.weights = {}  # in Ray's store now
+        self._employ()
         tiled, (x, *rest) = compute.__self__, given  # type: ignore[attr-defined]
         sent = self._send_tiled(tiled), self._send_x(x), *map(ray.put, rest)
         return self._map(tiles, compute.__func__, *sent)  # type: ignore[attr-defined]

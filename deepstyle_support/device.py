@@ -2,12 +2,14 @@
 
 import contextlib
 import ctypes
+import functools
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from .backend import import_keras, on_cpu
 from .limits import usable_cores
+from .system import arithmetic_units
 
 
 class Memory(NamedTuple):
@@ -134,3 +136,36 @@ def cuda_memory() -> Memory:
     finally:
         call("cuDevicePrimaryCtxRelease_v2", device)
     return Memory(free.value, total.value)
+
+
+@functools.cache
+def fastest_factors() -> str:
+    """The type of numbers that the device multiplies fastest where it adds the products up in float32.
+
+    That is bfloat16 where there is a unit for it, else float32.
+    """
+    return "bfloat16" if (cpu_multiplies_bfloat16() if on_cpu() else gpu_multiplies_bfloat16()) else "float32"
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the processor has AVX512-BF16, AMX or ARM's BF16; False where the system does not say."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(arithmetic_units() or ())
+
+
+def gpu_multiplies_bfloat16() -> bool:
+    """Whether the GPU has matrix units for bfloat16: NVIDIA's do since Ampere, of compute capability 8."""
+    backend = import_keras().backend.backend()
+    if backend == "torch":
+        import torch
+
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        gpus = tf.config.get_visible_devices("GPU")
+        details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
+        return details.get("compute_capability", (0, 0)) >= (8, 0)
+    import jax
+
+    device = jax.devices()[0]  # a TPU has nothing else
+    return device.platform == "tpu" or float(getattr(device, "compute_capability", 0)) >= 8

@@ -5,8 +5,8 @@ from typing import Any
 
 from .backend import import_keras, on_cpu
 from .cache import Cache
-from .convolution import Kernel, kernel_on_device
-from .device import describe_device
+from .convolution import FULL, Kernel, kernel_on_device, rounded
+from .device import describe_device, fastest_factors
 from .memory import Plan
 from .tiles import Tile
 from .weights import Weights
@@ -15,10 +15,24 @@ Tensor = Any  # one of the backend's
 Size = tuple[int, int]  # (rows, columns)
 
 
-def on_device(weights: Weights, padding: str) -> dict[str, tuple[Kernel, Tensor]]:
-    """The network: the backend's tensors of each layer, its kernel as `convolve` needs it, and its bias."""
+Network = dict[str, tuple[Kernel, Tensor]]  # of each layer its kernel as `convolve` needs it, and its bias
+
+
+def on_device(weights: Weights, padding: str) -> Network:
+    """The network as tensors of the backend."""
     to_tensor = import_keras().ops.convert_to_tensor
     return {name: (kernel_on_device(kernel, padding), to_tensor(bias)) for name, (kernel, bias) in weights.items()}
+
+
+class Networks(dict[str, Network]):
+    """The network on the device, by the type of its convolutions' factors; a rounded one is made when it is needed."""
+
+    def __init__(self, weights: Weights, padding: str):
+        self[FULL] = on_device(weights, padding)
+
+    def __missing__(self, factors: str) -> Network:
+        self[factors] = {name: (rounded(kernel, factors), bias) for name, (kernel, bias) in self[FULL].items()}
+        return self[factors]
 
 
 class Engine:
@@ -38,15 +52,23 @@ class Engine:
         """Get ready; what it computes on, in words. Raises UserError if it cannot compute."""
         return describe_device()
 
+    def factors(self, precision: str) -> str:
+        """The type that convolutions' factors are rounded to, for a --precision."""
+        return FULL if precision == "full" else self.fastest_factors()
+
+    def fastest_factors(self) -> str:
+        """The type of factors that it multiplies fastest."""
+        return fastest_factors()
+
     def tile_at(self, size: Size) -> int | None:
         """Pixels of the largest tile of a picture of (rows, columns); None: the whole picture."""
         return self.plan.tile
 
     def map(self, tiles: list[Tile], compute: Callable, *given: Any) -> Iterator[Any]:
-        """compute(network, tile, *given) of each tile in their order; `compute` is a method of TiledLoss."""
-        network = self.cache.get("the network", lambda: on_device(self.weights, self.padding))
+        """compute(networks, tile, *given) of each tile in their order; `compute` is a method of TiledLoss."""
+        networks = self.cache.get("the network", lambda: Networks(self.weights, self.padding))
         self.weights = {}  # as large as the network, and not needed any more
-        return (compute(network, tile, *given) for tile in tiles)
+        return (compute(networks, tile, *given) for tile in tiles)
 
     def is_repeatable(self) -> bool:
         """Whether sums are rounded alike from run to run, on the same machine."""

@@ -1,9 +1,9 @@
-"""L-BFGS where the network computes: its vectors are the backend's float32 tensors, and stay where they are.
+"""L-BFGS: SciPy's, and one where the network computes: its vectors are the backend's float32 tensors, and stay there.
 
-It is algorithms 7.4 and 7.5 of Nocedal & Wright, Numerical Optimization, 2nd ed. 2006. The two-loop recursion is done
-on coefficients, as in Chen, Wang & Zhou, "Large-scale L-BFGS using MapReduce", 2014: all that it computes are sums of
-vectors that are at hand, so from their dot products it knows what each will be multiplied by, and one sum of vectors is
-the result. Nothing as large as the picture is written in between.
+The latter is algorithms 7.4 and 7.5 of Nocedal & Wright, Numerical Optimization, 2nd ed. 2006. The two-loop recursion
+is done on coefficients, as in Chen, Wang & Zhou, "Large-scale L-BFGS using MapReduce", 2014: all that it computes are
+sums of vectors that are at hand, so from their dot products it knows what each will be multiplied by, and one sum of
+vectors is the result. Nothing as large as the picture is written in between.
 
 "Vector" is whatever the optimiser minimises over: (H, W, 3).
 """
@@ -11,6 +11,8 @@ the result. Nothing as large as the picture is written in between.
 import dataclasses
 import functools
 import math
+import sys
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backend import as_array, compile_once, done_before, import_keras, on_cpu
+from .callbacks import Closed, as_generator
 from .limits import usable_cores
 from .messages import UserError
 
@@ -72,6 +75,13 @@ class Curvature:
         by_changes[:, n, n] = own
         return Curvature(steps, changes, by_changes, by_gradient).newest(history)
 
+    def seen_from(self, gradient: Tensor, history: int) -> "Curvature":
+        """The same with the products of this gradient: at the same point it may have been computed otherwise."""
+        if not self.steps:
+            return self
+        products = dot_products((*self.steps, *self.changes), gradient, 2 * history + 2)
+        return dataclasses.replace(self, by_gradient=products.reshape(2, -1))
+
     def newest(self, most: int) -> "Curvature":
         """What the last steps say, of which there are to be so many at most."""
         kept = slice(max(0, len(self.steps) - most), None)
@@ -124,18 +134,22 @@ def inverse_times_gradient(by_changes: np.ndarray, by_gradient: np.ndarray) -> n
 
 
 def device_lbfgs(
-    evaluate: Evaluate, start: np.ndarray, history: int, learnt: Callable[[], Curvature | None] = lambda: None
+    evaluate: Evaluate,
+    start: Tensor,
+    history: int,
+    learnt: Callable[[], Curvature | None] = lambda: None,
+    restarts: bool = True,
 ) -> Generator[tuple[Tensor, Any, Curvature], None, None]:
     """Every point that L-BFGS accepts, the start first, and what is known there; `evaluate` may raise what ends it.
 
     start: (H, W, 3), where learnt() may be known already. When a line search finds nothing better, as noise in
-    float32 can make it, all that was learnt is forgotten, and it goes on from where it is. It ends by itself only when
-    two line searches in a row have found nothing.
+    float32 can make it, it ends, or `restarts`: all that was learnt is forgotten, and it goes on from where it is. Then
+    it ends by itself only when two line searches in a row have found nothing.
     """
     x, fruitless = import_keras().ops.convert_to_tensor(start, "float32"), 0
-    curvature = (learnt() or Curvature()).newest(history)
     evaluation = evaluate(x)
-    while fruitless < 2:
+    curvature = (learnt() or Curvature()).newest(history).seen_from(evaluation.gradient, history)
+    while fruitless < (2 if restarts else 1):
         yield x, dataclasses.replace(evaluation, gradient=None), curvature
         direction = curvature.direction(evaluation.gradient, history)
         found = line_search(evaluate, x, evaluation, direction, known=bool(curvature.steps))
@@ -146,6 +160,63 @@ def device_lbfgs(
             (x, evaluation), fruitless = found, 0
         else:
             curvature, fruitless = Curvature(), fruitless + 1
+
+
+def scipy_lbfgs(
+    evaluate: Evaluate, start: np.ndarray, history: int, learnt: object = None, restarts: bool = True
+) -> Generator[tuple[np.ndarray, Any, None], None, None]:
+    """Every point that SciPy's L-BFGS-B accepts, the start first; `evaluate` may raise whatever ends it.
+
+    It works on the host in float64, and neither gives away the curvature that it has found, nor can be given one.
+
+    L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995) with `history` corrections runs once for the whole job, so that what it has
+    learnt of the curvature survives from one iteration to the next, and with its own convergence tests off. When it
+    gives up on a line search, as noise in float32 can make it, it ends, or `restarts` from where it is. Then it ends by
+    itself only when that has brought nothing twice in a row.
+    """
+    from scipy import optimize
+
+    def optimise(hand_over: Callable, closed: threading.Event) -> None:
+        evaluation: Any = None  # the latest
+
+        def loss_at(flat: np.ndarray) -> float:
+            nonlocal evaluation
+            if closed.is_set():
+                raise Closed
+            is_first = evaluation is None
+            evaluation = evaluate(flat.reshape(start.shape))
+            if is_first:
+                accept(flat)
+            return evaluation.loss
+
+        def gradient_at(flat: np.ndarray) -> np.ndarray:
+            # SciPy asks for it where it has just asked for the loss. Given both at once, it keeps one more copy of x.
+            return evaluation.gradient.ravel()
+
+        def accept(flat: np.ndarray) -> None:
+            # Without the gradient, which is as large as the picture.
+            hand_over((flat.reshape(start.shape).copy(), dataclasses.replace(evaluation, gradient=None), None))
+
+        def callback(intermediate_result: optimize.OptimizeResult) -> None:
+            # The line search stops at the point that it accepts, so the latest evaluation is that point's.
+            assert intermediate_result.fun == evaluation.loss
+            accept(intermediate_result.x)
+
+        def solve(flat: np.ndarray) -> tuple[np.ndarray, float]:
+            options = {"ftol": 0, "gtol": 0, "maxiter": sys.maxsize, "maxfun": sys.maxsize, "maxcor": history}
+            result = optimize.minimize(
+                loss_at, flat, jac=gradient_at, method="L-BFGS-B", callback=callback, options=options
+            )
+            # Not all of it: it refers to the corrections, which would stay while the next run makes its own.
+            return result.x, result.fun
+
+        (flat, loss), fruitless = solve(np.asarray(start, np.float64).ravel()), 0
+        while restarts and fruitless < 2:
+            before = loss
+            flat, loss = solve(flat)
+            fruitless = 0 if loss < before else fruitless + 1
+
+    return as_generator(optimise)
 
 
 def line_search(

@@ -110,6 +110,14 @@ class Settings:
     history: int = setting(
         10, "the optimisation", "N", "corrections that L-BFGS keeps", at_least=1, at_most=MAX_HISTORY, resumable=True
     )
+    precision: str = setting(
+        "full",
+        "the optimisation",
+        "HOW",
+        "full float32; mixed or auto: rounded where it is quicker",
+        choices=("full", "mixed", "auto"),
+        resumable=True,
+    )
     tile: str = setting(
         "auto", "the optimisation", "auto|off|N", "compute in tiles of at most N x N pixels", resumable=True
     )
