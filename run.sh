@@ -8,12 +8,14 @@ usage() {
 usage: sh run.sh CONTENT STYLE [OUTDIR] [flags for deepstyle.py ...]
        sh run.sh CONTENT STYLE STYLE ... OUTDIR [flags for deepstyle.py ...]
        sh run.sh --setup
+       sh run.sh --info
 
 CONTENT and STYLE are pictures, looked for as given and then in images/.
 The results are OUTDIR/result_image_at_iteration_N.png (OUTDIR: result_image/).
 CONTENT may be a folder of photos: then they are in OUTDIR/PHOTO/ for each.
 STYLE may be a folder of styles: OUTDIR/STYLE/, or OUTDIR/PHOTO/STYLE/.
 --setup only makes the environment and prints the path of its interpreter.
+--info prints what the report of a bug needs, of what is there; it installs nothing.
 DEEPSTYLE_PYTHON names the Python interpreter to use (3.10 to 3.13).
 The flags are in the README; "$(sh run.sh --setup)" deepstyle.py --help prints them.
 END
@@ -102,12 +104,27 @@ install_packages() {
     say "installed"
 }
 
-# Sets $python: an interpreter that has the packages, .venv's if there is no other.
-find_python() {
+# Sets $python, if it can: an interpreter other than .venv's that has the packages.
+find_ready_python() {
     if [ "${DEEPSTYLE_PYTHON:-}" = "$(interpreter_of "$venv")" ]; then DEEPSTYLE_PYTHON=; fi
     for python in ${DEEPSTYLE_PYTHON:+"$DEEPSTYLE_PYTHON"} ${VIRTUAL_ENV:+"$(interpreter_of "$VIRTUAL_ENV")"}; do
         if has_packages "$python"; then return; fi
     done
+    return 1
+}
+
+# Sets $python: the interpreter that a run would use, as far as it is installed; else one without the packages.
+find_python_as_it_is() {
+    if find_ready_python; then return; fi
+    python=$(interpreter_of "$venv")
+    if supported "$python"; then return; fi
+    find_base
+    python=$base
+}
+
+# Sets $python: an interpreter that has the packages, .venv's if there is no other.
+find_python() {
+    if find_ready_python; then return; fi
     find_base
     if ! venv_is_ready; then install_packages; fi
     python=$(interpreter_of "$venv")
@@ -125,6 +142,7 @@ wrong_arguments() { usage >&2; exit 2; }
 
 case ${1:-} in
     --setup) find_python; printf '%s\n' "$python"; exit ;;
+    --info) find_python_as_it_is; exec "$python" "$here/deepstyle.py" "$@" ;;
     -h | --help) usage; exit ;;
 esac
 given=0 # arguments before the first flag; of more than two, the last is OUTDIR

@@ -13,6 +13,7 @@ from deepstyle_support.settings import Settings
 from deepstyle_support.values import ON_OFF, name_of, value_of
 
 from .folder import is_many, run_many
+from .info import page
 from .job import Job
 from .recipe import description
 from .run import run
@@ -34,6 +35,14 @@ class Describe(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: object, path: Any, option: object = None) -> None:
         answer(description(path, dataclasses.asdict(Settings()), __version__, Stream("stdout").encoding))
+        parser.exit()
+
+
+class Info(argparse.Action):
+    """--info: nothing else is done either."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, none: Any, option: object = None) -> None:
+        answer(page())
         parser.exit()
 
 
@@ -100,6 +109,7 @@ def add_manners(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--allow_large", action="store_true", help="read pictures over Pillow's limit")
     group.add_argument("--quiet", action="store_true", help="say nothing but errors")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    group.add_argument("--info", action=Info, nargs=0, help="print what the report of a bug needs, and end")
     group.add_argument("--version", action="version", version=f"deepstyle {__version__}")
 
 
@@ -107,7 +117,8 @@ def job_of(argv: list[str] | None) -> Job:
     """What the arguments ask for. Raises UserError for what is wrong with them."""
     arguments: dict[str, Any] = vars(command_line().parse_args(argv))
     settings = Settings(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(Settings)})
-    arguments.pop("describe")  # which has ended the program, if it was given
+    for ends in ("describe", "info"):  # the program, if it was given
+        arguments.pop(ends)
     several = {name: tuple(one) for name, one in arguments.items() if isinstance(one, list)}
     return Job(settings=settings, **arguments | several)
 

@@ -15,8 +15,21 @@ def start() -> NoReturn:
     except KeyboardInterrupt:
         sys.stderr.write("deepstyle: interrupted before the painting began\n")
         sys.exit(130)
-    except ModuleNotFoundError as missing:
-        from deepstyle_support.messages import lacks_package  # which needs no package itself
-
-        sys.exit(f"deepstyle: error: {lacks_package(missing.name)}")
+    except Exception as error:  # a package is missing, or broken
+        sys.exit(without_the_command(error))
     leave(main())
+
+
+def without_the_command(error: Exception) -> str | None:
+    """What is said where the command cannot be loaded. What is imported here needs no package itself."""
+    from deepstyle_support.messages import print_line, reason
+
+    if "--info" in sys.argv[1:]:
+        from .info import page
+
+        print_line(page())
+        return None
+    if not isinstance(error, ImportError):
+        raise error
+    missing = isinstance(error, ModuleNotFoundError)
+    return f"deepstyle: error: {reason(error)}" + ("" if missing else "; --info shows which package is broken")

@@ -68,3 +68,8 @@ def left_by_cgroups() -> list[float]:
                 cached = re.search(r"^(?:total_)?inactive_file (\d+)", (folder / "memory.stat").read_text(), re.M)
                 left.append(most - used + (int(cached[1]) if cached else 0))
     return left
+
+
+def free_main_memory() -> float:
+    """Bytes that this process can have: what the machine has free, or less if a cgroup or a ulimit leaves less."""
+    return min([psutil.virtual_memory().available, *left_by_cgroups(), *left_by_ulimits().values()])

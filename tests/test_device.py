@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from deepstyle_support import backend, device, rounding
+from deepstyle_support import backend, device, rounding, system
 from deepstyle_support.backend import out_of_memory
 from deepstyle_support.device import LIBRARIES, Memory, cuda_memory, describe_device, gpu_memory
 from deepstyle_support.limits import usable_cores
@@ -217,7 +217,7 @@ def test_only_cores_that_the_process_may_use_count(monkeypatch):
 
 def test_versions_of_all_that_computes_count(monkeypatch):
     versions = {name: f"{n}.0" for n, name in enumerate(("jax", "jaxlib", "keras", "numpy", "scipy", "pillow"))}
-    monkeypatch.setattr(rounding.importlib.metadata, "version", versions.__getitem__)
+    monkeypatch.setattr(system.importlib.metadata, "version", versions.__getitem__)
     expected = ", ".join(f"{name} {number}" for name, number in ({"deepstyle": "9"} | versions).items())
     assert rounding.computed_with("jax", "9")["packages"] == expected
 
@@ -225,14 +225,14 @@ def test_versions_of_all_that_computes_count(monkeypatch):
 def test_tensorflow_has_a_version_by_whatever_name_it_is_installed(monkeypatch):
     def version(name):
         if name == "tensorflow":
-            raise rounding.importlib.metadata.PackageNotFoundError
+            raise system.importlib.metadata.PackageNotFoundError
         return f"that of {name}"
 
-    monkeypatch.setattr(rounding.importlib.metadata, "version", version)
-    monkeypatch.setattr(rounding.importlib.metadata, "packages_distributions", lambda: {"tensorflow": ["tf_nightly"]})
-    assert rounding.version_of("tensorflow") == "that of tf_nightly"
-    monkeypatch.setattr(rounding.importlib.metadata, "packages_distributions", dict)
-    assert rounding.version_of("tensorflow") == "is not installed"
+    monkeypatch.setattr(system.importlib.metadata, "version", version)
+    monkeypatch.setattr(system.importlib.metadata, "packages_distributions", lambda: {"tensorflow": ["tf_nightly"]})
+    assert system.version_of("tensorflow") == "that of tf_nightly"
+    monkeypatch.setattr(system.importlib.metadata, "packages_distributions", dict)
+    assert system.version_of("tensorflow") == "is not installed"
 
 
 def test_the_processors_instructions_count_and_not_its_speed(monkeypatch):
@@ -240,8 +240,8 @@ def test_the_processors_instructions_count_and_not_its_speed(monkeypatch):
     found = []
     for speed, more in ((1000, "fma"), (2000, "fma"), (1000, "fma avx512f")):
         said = cpu.format(speed, more)
-        monkeypatch.setattr(rounding.Path, "read_text", lambda path, said=said: said)
-        found.append(rounding.processor())
+        monkeypatch.setattr(system.Path, "read_text", lambda path, said=said: said)
+        found.append(system.processor())
     assert found[0] == found[1] == f"X ({platform.machine()}, cpu family 6) avx2 fma sse4_1"
     assert found[2] == f"X ({platform.machine()}, cpu family 6) avx2 avx512f fma sse4_1"
 
@@ -250,9 +250,9 @@ def test_without_proc_the_processor_is_what_python_calls_it(monkeypatch):
     def missing(path):
         raise FileNotFoundError
 
-    monkeypatch.setattr(rounding.Path, "read_text", missing)
-    monkeypatch.setattr(rounding.platform, "processor", lambda: "arm")
-    assert rounding.processor() == f"arm ({platform.machine()})"
+    monkeypatch.setattr(system.Path, "read_text", missing)
+    monkeypatch.setattr(system.platform, "processor", lambda: "arm")
+    assert system.processor() == f"arm ({platform.machine()})"
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_free_memory_is_the_least_of_what_machine_cgroup_and_user_allow(monkeypa
 
     monkeypatch.setattr(limits.Path, "read_text", read_text)
     available = type("Memory", (), {"available": 4_096_000_000})
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: available)
+    monkeypatch.setattr(limits.psutil, "virtual_memory", lambda: available)
     monkeypatch.setattr(memory, "gpu_memory", Memory)
     assert free_memory(0.0) == (4_096_000_000, 0)
     files |= {f"{own}max": "max\n", f"{own}current": "5\n", f"{own}stat": ""}

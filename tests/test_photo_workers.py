@@ -442,7 +442,7 @@ def test_each_worker_gets_its_share_of_what_is_free_here_and_on_a_cluster_of_its
 
     monkeypatch.setenv("RAY_ADDRESS", address or "")
     monkeypatch.setattr(ray, "put", lambda value: value)
-    monkeypatch.setattr("deepstyle_support.memory.psutil.virtual_memory", lambda: SimpleNamespace(available=50e9))
+    monkeypatch.setattr("deepstyle_support.limits.psutil.virtual_memory", lambda: SimpleNamespace(available=50e9))
     job = job_of(command(photos, "--max_memory", "4", "--workers", "2"))
     groups, tasks = groups_of(job)
     employer = Employer()
@@ -454,7 +454,7 @@ def test_each_worker_gets_its_share_of_what_is_free_here_and_on_a_cluster_of_its
     worker = PhotoWorker(*employer.given)
     assert worker._free(job) == (share or 4e9 / 2, 0)
     # It is asked once: later the worker itself has taken some.
-    monkeypatch.setattr("deepstyle_support.memory.psutil.virtual_memory", lambda: SimpleNamespace(available=1))
+    monkeypatch.setattr("deepstyle_support.limits.psutil.virtual_memory", lambda: SimpleNamespace(available=1))
     assert worker._free(job) == (share or 4e9 / 2, 0)
     assert PhotoWorker(*employer.given)._free(job) == (1 if share else 1 / 2, 0)
 
