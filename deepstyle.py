@@ -408,7 +408,8 @@ class Objective:
         style = self._in_memory(self._style_targets, without_targets, pictures.styles)
         self.tiled = dataclasses.replace(without_targets, content=content, style=style)
         self.rounded = dataclasses.replace(self.tiled, factors=engine.factors(settings.precision))
-        self.in_full = self.rounded.factors == FULL
+        self.rounds = self.rounded.factors != FULL
+        self.in_full = not self.rounds
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         evaluation = self.evaluate(x)
@@ -605,7 +606,7 @@ def minimise(
     """
     watch = watch or Watch()
     count = max(0, state.evaluations - 1)  # x, where an earlier run ended, is evaluated once more
-    objective.in_full |= state.in_full or state.evaluations >= objective.full_from
+    objective.in_full = not objective.rounds or state.in_full or state.evaluations >= objective.full_from
     iterations, handed_over = state.iteration, 0  # evaluations up to the last point that was
     accepted: Accepted | None = None
     failure: BaseException | None = None

@@ -129,7 +129,8 @@ def saved_in(file: Mapping[str, np.ndarray], path: Path) -> Saved:
     has_curvature = "by_gradient" in file
     curvature = functools.partial(read_curvature, path) if has_curvature else lambda: None
     way = str(file["way"]) if has_curvature else ""
-    state = State(file["x"], losses, evaluations, partial, curvature)
+    in_full = bool(file["in_full"]) if "in_full" in file else False  # neither did it round anything
+    state = State(file["x"], losses, evaluations, partial, curvature, in_full)
     return Saved(state, json.loads(str(file["shaped_by"])), way)
 
 

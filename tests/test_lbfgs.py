@@ -26,7 +26,7 @@ def tensor(x):
 class OnDevice:
     """A function of arrays, x -> (loss, gradient), in the place of the objective; it counts its evaluations."""
 
-    size = (10, 10)
+    size, rounds, full_from = (10, 10), False, math.inf
 
     def __init__(self, function):
         self.function, self.calls = function, 0

@@ -22,7 +22,7 @@ from deepstyle_support.memory import Plan
 class Rosenbrock:
     """A hard function in the place of the objective; it remembers every point it was asked for."""
 
-    size = (4, 4)
+    size, rounds, full_from = (4, 4), False, math.inf
 
     def __init__(self):
         self.asked = []
@@ -103,7 +103,7 @@ def test_the_watch_sees_every_evaluation():
 class Parabola:
     """sum x^2, whose gradient has the wrong sign at the calls in `wrong`: line searches fail there."""
 
-    size = (4, 4)
+    size, rounds, full_from = (4, 4), False, math.inf
 
     def __init__(self, wrong=()):
         self.calls, self.wrong = 0, wrong
@@ -197,7 +197,7 @@ def test_what_was_accepted_before_an_evaluation_failed_is_not_lost():
 
 
 def test_an_error_in_the_objective_reaches_the_caller():
-    class Broken:
+    class Broken(Rosenbrock):
         def evaluate(self, x):
             raise ZeroDivisionError("on purpose")
 
