@@ -17,7 +17,7 @@ STYLE may be a folder of styles: OUTDIR/STYLE/, or OUTDIR/PHOTO/STYLE/.
 --setup only makes the environment and prints the path of its interpreter.
 --info prints what the report of a bug needs, of what is there; it installs nothing.
 DEEPSTYLE_PYTHON names the Python interpreter to use (3.10 to 3.13).
-The flags are in the README; "$(sh run.sh --setup)" deepstyle.py --help prints them.
+The flags are in docs/flags.md; "$(sh run.sh --setup)" deepstyle.py --help prints them.
 END
 }
 

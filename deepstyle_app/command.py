@@ -52,7 +52,7 @@ def command_line() -> Parser:
         prog="deepstyle",
         usage="%(prog)s CONTENT STYLE [STYLE ...] PREFIX [flags]",
         description="Paint the CONTENT picture in the style of the STYLE picture, or of several.",
-        epilog="The README says more of each flag, with pictures.",
+        epilog="docs/flags.md says more of each flag, with pictures.",
         allow_abbrev=False,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=36),
     )

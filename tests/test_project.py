@@ -1,6 +1,7 @@
 """What is written beside the code agrees with it."""
 
 import ast
+import itertools
 import re
 import shlex
 import subprocess
@@ -17,25 +18,100 @@ from deepstyle_app.command import command_line, job_of
 from deepstyle_support.messages import as_typed
 
 ROOT = IMAGES.parent
-README = (ROOT / "README.md").read_text()
-LOOKS = (ROOT / "docs" / "looks.md").read_text()
+DOCS = ROOT / "docs"
+LOOKS = (DOCS / "looks.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
+CODE = re.compile(r"```.*?```|^    .*?$|`[^`]*`", re.MULTILINE | re.DOTALL)
+ROW_OF_A_FLAG = re.compile(r"^\| `--(\w+)` \| (.*?) ?\| .*\|$", re.MULTILINE)
+# What stands for a reader's own pictures and folders.
+PLACEHOLDERS = {"CONTENT", "STYLE", "photo.jpg", "painting.png", "woodcut.jpg", "holiday", "paintings", "my_photos"}
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
-def test_the_readmes_table_has_every_flag_with_its_default():
-    table = dict(re.findall(r"^\| `--(\w+)` \| (.*?) ?\| .*\|$", README, re.MULTILINE))
+def default_of_each_flag():
+    """{flag: its default as a page has it}"""
     defaults = vars(command_line().parse_args(["CONTENT", "STYLE", "PREFIX"]))
-    flags = {name: value for name, value in defaults.items() if name not in ("content", "style", "prefix")}
-    assert flags.keys() == table.keys()
-    for name, value in flags.items():
-        assert table[name] == ("" if value is None or name not in vars(deepstyle.Settings()) else as_typed(value))
+    known = vars(deepstyle.Settings())
+    flags = defaults.keys() - {"content", "style", "prefix"}
+    return {name: as_typed(known[name]) if known.get(name) is not None else "" for name in flags}
 
 
-@pytest.mark.parametrize(("page", "pictures"), [("README.md", 7), ("docs/looks.md", 18)])
-def test_the_pictures_that_are_shown_exist(page, pictures):
-    shown = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / page).read_text())
-    assert len(shown) >= pictures
-    for path in shown:
-        Image.open((ROOT / page).parent / path).verify()
+def links_of(page):
+    """(path, anchor) of what this page shows and leads to, but for other sites."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", CODE.sub("", PAGES[page]))
+    parts = [target.partition("#") for target in targets if not target.startswith("https://")]
+    return [((page.parent / path).resolve() if path else page, anchor) for path, _, anchor in parts]
+
+
+def anchors_of(page):
+    """What GitHub makes of this page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def commands_of(page):
+    """The arguments of each command of ours in this page's code, without what is optional there."""
+    code = CODE.findall(PAGES[page])
+    ours = re.compile(r"(?:^|(?<=do )|(?<=; ))(sh run\.sh|python deepstyle\.py|deepstyle) ([^;<\n]*)", re.MULTILINE)
+    for program, arguments in ours.findall("\n".join(part.strip("` ") for part in code)):
+        arguments = re.sub(r"\$\(.*?\)", "CONTENT STYLE PREFIX", arguments)  # what the shell reads from a file
+        words = shlex.split(re.sub(r"\[.*?\]", "", arguments), comments=True)
+        if program == "sh run.sh" and words != ["--setup"]:
+            positional = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+            words[2:2] = ["result_image/"] if len(positional) == 2 else []
+        if words != ["--setup"]:
+            yield words
+
+
+def test_the_table_of_flags_has_every_flag_with_its_default():
+    assert dict(ROW_OF_A_FLAG.findall(PAGES[DOCS / "flags.md"])) == default_of_each_flag()
+
+
+def test_the_readme_is_short_and_its_flags_have_their_defaults():
+    readme = PAGES[ROOT / "README.md"]
+    assert len(readme.splitlines()) <= 150
+    most_used = dict(ROW_OF_A_FLAG.findall(readme))
+    assert len(most_used) >= 12
+    assert most_used.items() <= default_of_each_flag().items()
+
+
+@each_page
+def test_a_page_leads_to_what_exists_and_shows_whole_pictures(page):
+    for path, anchor in links_of(page):
+        assert path.exists(), path
+        assert not anchor or anchor in anchors_of(path), anchor
+        if path.suffix in (".jpg", ".png", ".gif"):
+            Image.open(path).verify()
+
+
+def test_every_page_and_picture_is_found_from_the_readme():
+    found, ahead = set(), [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        if page not in found:
+            found.add(page)
+            ahead += [path for path, _ in links_of(page)] if page in PAGES else []
+    assert {path for path in DOCS.rglob("*.*") if path.is_file()} <= found
+
+
+@each_page
+def test_the_parser_takes_every_command_of_a_page(page, monkeypatch):
+    monkeypatch.setattr("deepstyle_app.command.Describe", "store")  # it would look for the picture
+    for words in commands_of(page):
+        if words[0].startswith("-"):  # such a command has no pictures
+            words = ["CONTENT", "STYLE", "PREFIX", *words]
+        job = job_of(words)
+        for name in (job.content, *job.style):
+            assert "$" in name or name in PLACEHOLDERS or (ROOT / "images" / name).is_file(), name
+
+
+def test_commands_are_found_in_the_pages():
+    found = [shlex.join(words) for page in PAGES for words in commands_of(page)]
+    assert "rocket.jpg composition_viii.jpg rocket_composition" in found
+    assert "--describe PREFIX_at_iteration_7.png" in found
+    assert "CONTENT STYLE PREFIX --quiet --max_memory 8 --resume" in found  # what a job of Slurm runs
+    assert len(found) >= 45
 
 
 def test_the_commands_beside_the_pictures_are_right():
