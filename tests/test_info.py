@@ -111,9 +111,9 @@ def test_a_package_that_ends_python_ends_its_own_process_alone(tmp_path, monkeyp
 
 
 def test_a_package_that_never_answers_is_given_up(tmp_path, monkeypatch):
-    stand_in(tmp_path, "jax", "import time; time.sleep(60)", monkeypatch)
+    stand_in(tmp_path, "rich", "import time; time.sleep(60)", monkeypatch)
     monkeypatch.setattr(info, "PATIENCE", 0.5)
-    assert info.package("jax").endswith("does not load: nothing came of it in 0.5 seconds")
+    assert info.package("rich").endswith("does not load: nothing came of it in 0.5 seconds")
 
 
 def test_a_strangers_module_in_the_folder_is_not_imported(tmp_path, monkeypatch):
@@ -222,7 +222,7 @@ def test_the_home_folder_and_the_persons_name_are_not_shown(monkeypatch):
     text = "/home/ann/a /home/ann '/home/ann', /home/anna /scratch/ann/keras /data/annals /mnt/home/ann:"
     assert info.impersonal(text) == "~/a ~ '~', /home/anna /scratch/USER/keras /data/annals /mnt/home/USER:"
     monkeypatch.setenv("HOME", "/")  # as in some containers
-    assert info.impersonal("/a/b") == "/a/b"
+    assert info.impersonal("/a/b, /") == "/a/b, /"
 
 
 def test_of_the_environment_only_the_programs_own_is_shown(at_once, monkeypatch):
@@ -239,7 +239,6 @@ def test_of_the_environment_only_the_programs_own_is_shown(at_once, monkeypatch)
     said = said_on(page)
     assert (said["KERAS_BACKEND"], said["DEEPSTYLE_PYTHON"], said["RAY_ADDRESS"]) == ("tensorflow", "~/python", "set")
     assert not re.search("secret|/home/ann|RAY_AUTH", page)
-    assert platform.node() not in page
 
 
 def test_without_variables_of_its_own_the_page_says_so(monkeypatch):
