@@ -345,6 +345,7 @@ class Evaluation:
     losses: Losses
     parts: dict[str, float]  # by the terms' names
     gradient: Any  # (H, W, 3): float64 where x is an array, a float32 tensor where x is one; or None
+    in_full: bool = True  # whether the factors of the convolutions were not rounded
 
     @property
     def loss(self) -> float:
@@ -424,7 +425,7 @@ class Objective:
             raise UserError(f"x is no array of the content's shape, {(*self.size, 3)}")
         tiled = self.tiled if self.in_full else self.rounded
         parts, gradient = self._in_memory(self._two_passes, tiled, x)
-        evaluation = Evaluation(losses_of(self.tiled.terms, parts), parts, gradient)
+        evaluation = Evaluation(losses_of(self.tiled.terms, parts), parts, gradient, self.in_full)
         if not (math.isfinite(evaluation.loss) and all_finite(gradient)):
             raise UserError(
                 f"the {self._part_gone_wrong(tiled, x)} loss is no longer finite; lower its weight", status=1
@@ -562,7 +563,7 @@ class State:
     evaluations: int = 0
     partial: bool = False  # whether it is within an iteration, not at the end of one
     curvature: Callable[[], Curvature | None] = lambda: None  # what the optimiser knows here, as long as it is here
-    in_full: bool = False  # whether it goes on in full, where before the convolutions' factors were rounded
+    in_full: bool = False  # whether factors of convolutions are rounded no more, if they ever were
 
     @property
     def iteration(self) -> int:
@@ -582,7 +583,6 @@ class Accepted:
     evaluation: Evaluation
     count: int
     curvature: Callable[[], Curvature | None]  # as in State
-    in_full: bool = False  # as in State
 
 
 # What an optimiser is given, and what it gives: x is (H, W, 3) float in input space.
@@ -606,7 +606,7 @@ def minimise(
     """
     watch = watch or Watch()
     count = max(0, state.evaluations - 1)  # x, where an earlier run ended, is evaluated once more
-    objective.in_full = not objective.rounds or state.in_full or state.evaluations >= objective.full_from
+    objective.in_full = state.in_full or not objective.rounds
     iterations, handed_over = state.iteration, 0  # evaluations up to the last point that was
     accepted: Accepted | None = None
     failure: BaseException | None = None
@@ -630,7 +630,7 @@ def minimise(
             for x, evaluation, known in points:
                 is_first = accepted is None
                 curvature = known
-                accepted = Accepted(x, evaluation, count, functools.partial(known_at, count), objective.in_full)
+                accepted = Accepted(x, evaluation, count, functools.partial(known_at, count))
                 if is_first:
                     yield accepted
                 elif count >= (iterations + 1) * EVALUATIONS_PER_ITERATION:
@@ -652,20 +652,25 @@ def minimise(
 def rounded_then_full(
     optimise: Callable[..., Points], objective: Objective, state: State, count: Callable[[], int]
 ) -> Points:
-    """The points of an optimiser: with rounded factors as long as that serves, then in full from where it has led to.
+    """The points of an optimiser: with rounded factors as long as that serves, then in full.
 
-    It serves for `full_from` evaluations, and until a line search finds nothing better: so small the steps are then
-    that rounding stands in their way. What has been learnt of the curvature holds in full as well.
+    After `full_from` evaluations, or where a line search finds nothing better, since rounding may stand in its way, it
+    begins again from where it is with what it has learnt. Only SciPy's, which could not, goes on as it is.
     """
     x, learnt = state.x, state.curvature
     if not objective.in_full:
-        with contextlib.closing(optimise(start=x, learnt=learnt, restarts=False)) as points:
+        with contextlib.closing(optimise(start=x, learnt=learnt, restarts=lambda: objective.in_full)) as points:
             for x, evaluation, known in points:
                 learnt = [known].pop  # which keeps it only until it is asked
-                if count() >= objective.full_from:
-                    break
                 yield x, evaluation, known
-        objective.go_on_in_full()
+                if count() >= objective.full_from and not objective.in_full:
+                    objective.go_on_in_full()
+                    if known:
+                        break
+            else:
+                if objective.in_full:
+                    return
+                objective.go_on_in_full()
         del evaluation, known
     yield from optimise(start=x, learnt=learnt)
 
@@ -961,7 +966,7 @@ def iterations_at(
                 improvement=improvement,
                 seconds=seconds,
                 is_coarse=not stage.is_full,
-                state=State(x, tuple(losses), accepted.count, partial, accepted.curvature, accepted.in_full),
+                state=State(x, tuple(losses), accepted.count, partial, accepted.curvature, accepted.evaluation.in_full),
             )
             if number >= stage.iterations:
                 return

@@ -8,8 +8,8 @@ import sys
 from typing import Any, NoReturn
 
 from deepstyle import __version__
-from deepstyle_support.messages import Stream, UserError, answer, as_typed, describe_error, notify
-from deepstyle_support.settings import Settings
+from deepstyle_support.messages import Stream, UserError, answer, as_typed, describe_error, notify, require_choice
+from deepstyle_support.settings import PRESETS, TIMES_OF_PRESETS, Settings, preset_in_words
 from deepstyle_support.values import ON_OFF, name_of, value_of
 
 from .folder import is_many, run_many
@@ -53,12 +53,16 @@ def command_line() -> Parser:
         usage="%(prog)s CONTENT STYLE [STYLE ...] PREFIX [flags]",
         description="Paint the CONTENT picture in the style of the STYLE picture, or of several.",
         epilog="docs/flags.md says more of each flag, with pictures.",
+        add_help=False,  # it is with --version
         allow_abbrev=False,
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=36),
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30),
     )
     parser.add_argument("content", metavar="CONTENT", help="the photo to paint, or a folder of photos")
     parser.add_argument("style", metavar="STYLE", nargs="+", help="the style's picture, or a folder of them")
     parser.add_argument("prefix", metavar="PREFIX", help="pictures are PREFIX_at_iteration_N.png; or a folder")
+    group = parser.add_argument_group("looks by name, as defaults for the flags below")
+    looks = (f"{name}: {preset_in_words(name)}, in about {time}" for name, time in TIMES_OF_PRESETS.items())
+    group.add_argument("--preset", metavar="NAME", help=f"{'; '.join(looks)} of the default's time")
     for title, members in itertools.groupby(dataclasses.fields(Settings), lambda field: field.metadata["group"]):
         group = parser.add_argument_group(title)
         for field in members:
@@ -110,15 +114,25 @@ def add_manners(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--quiet", action="store_true", help="say nothing but errors")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     group.add_argument("--info", action=Info, nargs=0, help="print what the report of a bug needs, and end")
-    group.add_argument("--version", action="version", version=f"deepstyle {__version__}")
+    group.add_argument("-h", "--help", action="help", help="print this page, and end")
+    group.add_argument("--version", action="version", version=f"deepstyle {__version__}", help="print it, and end")
 
 
 def job_of(argv: list[str] | None) -> Job:
     """What the arguments ask for. Raises UserError for what is wrong with them."""
-    arguments: dict[str, Any] = vars(command_line().parse_args(argv))
-    settings = Settings(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(Settings)})
-    for ends in ("describe", "info"):  # the program, if it was given
-        arguments.pop(ends)
+    parser = command_line()
+    preset = parser.parse_args(argv).preset
+    if preset is not None:
+        require_choice("--preset", preset, PRESETS)
+    # What a namespace has already is argparse's default, so that flags count more wherever they stand.
+    arguments: dict[str, Any] = vars(parser.parse_args(argv, argparse.Namespace(**PRESETS.get(preset, {}))))
+    try:
+        settings = Settings(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(Settings)})
+    except UserError as error:
+        of_preset = f" (--preset {preset} stands for {preset_in_words(preset)})" if preset else ""
+        raise UserError(f"{error}{of_preset}") from error
+    for name in ("describe", "info", "preset"):  # which have ended the program, or have done what they are for
+        arguments.pop(name)
     several = {name: tuple(one) for name, one in arguments.items() if isinstance(one, list)}
     return Job(settings=settings, **arguments | several)
 

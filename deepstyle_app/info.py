@@ -20,7 +20,7 @@ from deepstyle_support.messages import UserError, printable, reason
 from deepstyle_support.system import UNITS, arithmetic_units, cpuinfo, processor_name, version_of
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS, INDENT = 80, 18
+COLUMNS, INDENT = 80, 19
 LONGEST = 400  # letters of what is said of one thing: some errors are pages
 PATIENCE = 120  # seconds for a package to load, or the device to start
 # Each package with the module that shows whether it works; of Keras it is the device's line that shows it.
@@ -79,7 +79,7 @@ def lines_of(said: dict[str, str]) -> list[str]:
     wrapped.break_long_words = wrapped.break_on_hyphens = False  # so that a path, or a command, can be copied
     lines = []
     for name, text in said.items():
-        wrapped.initial_indent = f"  {name}".ljust(INDENT)
+        wrapped.initial_indent = f"  {name} ".ljust(INDENT)
         lines += wrapped.wrap(textwrap.shorten(printable(impersonal(text)), LONGEST, placeholder=" ..."))
     return lines
 
@@ -170,16 +170,14 @@ def package(name: str) -> str:
     module = (NEEDED | OPTIONAL)[name]
     found = safely(version_of, name)
     if found == "is not installed":
-        brings = (
-            f"'{sys.executable} -m pip install {name}' brings it" if name in OPTIONAL else "'sh run.sh' installs it"
-        )
-        return f"absent; {brings}"
+        brings = f"{sys.executable} -m pip install {name}" if name in OPTIONAL else "sh run.sh"
+        return f"absent; '{brings}' brings it"
     if not module:
         return found
     try:
         answer_of(f"import {module}")
     except UserError as error:
-        return f"{found}, but broken: {error}"
+        return f"{found}, does not load: {error}"
     return found
 
 
@@ -192,6 +190,8 @@ def answer_of(code: str) -> str:
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(f"nothing came of it in {PATIENCE} seconds") from error
+    except OSError as error:
+        raise UserError(f"no process can be started: {reason(error)}") from error
     if ended.returncode < 0:
         raise UserError(f"it ends Python by {signal.Signals(-ended.returncode).name}")
     said = (ended.stderr if ended.returncode else ended.stdout).strip().splitlines()

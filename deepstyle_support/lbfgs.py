@@ -138,18 +138,18 @@ def device_lbfgs(
     start: Tensor,
     history: int,
     learnt: Callable[[], Curvature | None] = lambda: None,
-    restarts: bool = True,
+    restarts: Callable[[], bool] = lambda: True,
 ) -> Generator[tuple[Tensor, Any, Curvature], None, None]:
     """Every point that L-BFGS accepts, the start first, and what is known there; `evaluate` may raise what ends it.
 
     start: (H, W, 3), where learnt() may be known already. When a line search finds nothing better, as noise in
-    float32 can make it, it ends, or `restarts`: all that was learnt is forgotten, and it goes on from where it is. Then
-    it ends by itself only when two line searches in a row have found nothing.
+    float32 can make it, it ends, or if it `restarts()`, all that was learnt is forgotten, and it goes on from where it
+    is. Then it ends by itself only when two line searches in a row have found nothing.
     """
     x, fruitless = import_keras().ops.convert_to_tensor(start, "float32"), 0
     evaluation = evaluate(x)
     curvature = (learnt() or Curvature()).newest(history).seen_from(evaluation.gradient, history)
-    while fruitless < (2 if restarts else 1):
+    while fruitless < 2:
         yield x, dataclasses.replace(evaluation, gradient=None), curvature
         direction = curvature.direction(evaluation.gradient, history)
         found = line_search(evaluate, x, evaluation, direction, known=bool(curvature.steps))
@@ -158,12 +158,18 @@ def device_lbfgs(
             here = Point(found[0], found[1].gradient)
             curvature = curvature.after(Point(x, evaluation.gradient), here, history)
             (x, evaluation), fruitless = found, 0
-        else:
+        elif restarts():
             curvature, fruitless = Curvature(), fruitless + 1
+        else:
+            return
 
 
 def scipy_lbfgs(
-    evaluate: Evaluate, start: np.ndarray, history: int, learnt: object = None, restarts: bool = True
+    evaluate: Evaluate,
+    start: np.ndarray,
+    history: int,
+    learnt: object = None,
+    restarts: Callable[[], bool] = lambda: True,
 ) -> Generator[tuple[np.ndarray, Any, None], None, None]:
     """Every point that SciPy's L-BFGS-B accepts, the start first; `evaluate` may raise whatever ends it.
 
@@ -171,52 +177,68 @@ def scipy_lbfgs(
 
     L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995) with `history` corrections runs once for the whole job, so that what it has
     learnt of the curvature survives from one iteration to the next, and with its own convergence tests off. When it
-    gives up on a line search, as noise in float32 can make it, it ends, or `restarts` from where it is. Then it ends by
-    itself only when that has brought nothing twice in a row.
+    gives up on a line search, as noise in float32 can make it, it ends, or if it `restarts()`, it is started again from
+    where it is. Then it ends by itself only when that has brought nothing twice in a row.
     """
     from scipy import optimize
 
     def optimise(hand_over: Callable, closed: threading.Event) -> None:
-        evaluation: Any = None  # the latest
-
-        def loss_at(flat: np.ndarray) -> float:
-            nonlocal evaluation
-            if closed.is_set():
-                raise Closed
-            is_first = evaluation is None
-            evaluation = evaluate(flat.reshape(start.shape))
-            if is_first:
-                accept(flat)
-            return evaluation.loss
-
-        def gradient_at(flat: np.ndarray) -> np.ndarray:
-            # SciPy asks for it where it has just asked for the loss. Given both at once, it keeps one more copy of x.
-            return evaluation.gradient.ravel()
-
-        def accept(flat: np.ndarray) -> None:
-            # Without the gradient, which is as large as the picture.
-            hand_over((flat.reshape(start.shape).copy(), dataclasses.replace(evaluation, gradient=None), None))
-
-        def callback(intermediate_result: optimize.OptimizeResult) -> None:
-            # The line search stops at the point that it accepts, so the latest evaluation is that point's.
-            assert intermediate_result.fun == evaluation.loss
-            accept(intermediate_result.x)
+        loss = FlatLoss(evaluate, start.shape, hand_over, closed)
 
         def solve(flat: np.ndarray) -> tuple[np.ndarray, float]:
             options = {"ftol": 0, "gtol": 0, "maxiter": sys.maxsize, "maxfun": sys.maxsize, "maxcor": history}
+
+            def callback(intermediate_result: optimize.OptimizeResult) -> None:
+                loss.accept(intermediate_result.x, intermediate_result.fun)
+
             result = optimize.minimize(
-                loss_at, flat, jac=gradient_at, method="L-BFGS-B", callback=callback, options=options
+                loss.at, flat, jac=loss.gradient_at, method="L-BFGS-B", callback=callback, options=options
             )
             # Not all of it: it refers to the corrections, which would stay while the next run makes its own.
             return result.x, result.fun
 
-        (flat, loss), fruitless = solve(np.asarray(start, np.float64).ravel()), 0
-        while restarts and fruitless < 2:
-            before = loss
-            flat, loss = solve(flat)
-            fruitless = 0 if loss < before else fruitless + 1
+        (flat, least), fruitless = solve(np.asarray(start, np.float64).ravel()), 0
+        while restarts() and fruitless < 2:
+            before = least
+            flat, least = solve(flat)
+            fruitless = 0 if least < before else fruitless + 1
 
     return as_generator(optimise)
+
+
+class FlatLoss:
+    """The loss as SciPy asks for it, of (H * W * 3,) float64, which hands over each point that SciPy accepts."""
+
+    def __init__(self, evaluate: Evaluate, shape: tuple[int, ...], hand_over: Callable, closed: threading.Event):
+        self.evaluate, self.shape, self.hand_over, self.closed = evaluate, shape, hand_over, closed
+        self.latest: Any = None  # evaluation
+        self.accepted: Any = None  # the latest point, and its evaluation without the gradient
+        self.shift = 0.0  # by which SciPy is told less than the loss
+
+    def at(self, flat: np.ndarray) -> float:
+        if self.closed.is_set():
+            raise Closed
+        self.latest = self.evaluate(flat.reshape(self.shape))
+        if self.accepted is None:
+            self.accept(flat, self.latest.loss)
+        elif self.latest.in_full != self.accepted[1].in_full:
+            # In the other precision all losses are others: what a step brings is seen where both are of the same.
+            x, before = self.accepted
+            again = self.evaluate(x)
+            self.shift = again.loss - before.loss
+            self.accepted = x, dataclasses.replace(again, gradient=None)
+        return self.latest.loss - self.shift
+
+    def gradient_at(self, flat: np.ndarray) -> np.ndarray:
+        # SciPy asks for it where it has just asked for the loss. Given both at once, it keeps one more copy of x.
+        return self.latest.gradient.ravel()
+
+    def accept(self, flat: np.ndarray, loss: float) -> None:
+        """The line search stops at the point that it accepts, so the latest evaluation is that point's."""
+        assert loss == self.latest.loss - self.shift
+        # Without the gradient, which is as large as the picture.
+        self.accepted = flat.reshape(self.shape).copy(), dataclasses.replace(self.latest, gradient=None)
+        self.hand_over((*self.accepted, None))
 
 
 def line_search(

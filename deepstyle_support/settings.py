@@ -48,7 +48,7 @@ class Settings:
     maintain_aspect_ratio: bool = setting(True, "the picture", "BOOL", "columns as in the content; False: as rows")
     init_image: str = setting("content", "the picture", "START", "content, recolored, noise, gray, or a picture's path")
     preserve_color: bool | str = setting(
-        False, "the picture", "HOW", "the content's colours: luma (True) or match", choices=(False, "luma", "match")
+        False, "the picture", "HOW", "keep colours: luma (True) or match", choices=(False, "luma", "match")
     )
     background: str | None = setting(
         None, "the picture", "COLOUR", "lay what is transparent on it: red or #ff0000", resumable=True
@@ -60,7 +60,7 @@ class Settings:
     content_weight: float = setting(0.025, "the content", "W", "how much the content counts")
     content_layer: tuple[str, ...] = setting(("conv5_2",), "the content", "LAYER", "conv1_1 to conv5_3, or several")
     content_loss_type: int = setting(
-        0, "the content", "0|1|2", "its factor: 1, 1/(2 sqrt(C H W)) or 1/(C H W)", choices=(0, 1, 2)
+        0, "the content", "0|1|2", "factor: 1, 1/(2 sqrt(C H W)) or 1/(C H W)", choices=(0, 1, 2)
     )
     style_weight: tuple[float, ...] = setting((1.0,), "the style", "W", "how much it counts, or each of several")
     style_scale: float = setting(1.0, "the style", "FACTOR", "multiplies the weights of all styles")
@@ -81,7 +81,7 @@ class Settings:
         "zeros", "the network", "HOW", "beyond the border: zeros, or the edge's own values", choices=("zeros", "edge")
     )
     weights: str | None = setting(
-        None, "the network", "FILE", "a file, or random; else they are found or fetched", resumable=True
+        None, "the network", "FILE", "a file, or random; else found or fetched", resumable=True
     )
     num_iter: int = setting(
         10,
@@ -171,6 +171,28 @@ class Settings:
         """The settings that shape the picture, by their flags, in words."""
         fields = (field for field in dataclasses.fields(self) if not field.metadata["resumable"])
         return {f"--{field.name}": as_typed(getattr(self, field.name)) for field in fields}
+
+
+# Looks by name: what --preset stands for, by the names of settings. Flags that are given count more.
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {"image_size": 200, "init_image": "recolored", "padding": "edge", "scales": 2, "num_iter": 1},
+    "good": {"init_image": "recolored", "padding": "edge", "scales": 2, "num_iter": 3},
+    "print": {
+        "image_size": 800,
+        "init_image": "recolored",
+        "padding": "edge",
+        "scales": 3,
+        "coarse_iter": (5, 3),
+        "num_iter": 1,
+    },
+}
+# Of the time that the defaults take, by evaluations and their pixels.
+TIMES_OF_PRESETS = {"quick": "a tenth", "good": "half", "print": "four fifths"}
+
+
+def preset_in_words(name: str) -> str:
+    """The flags that a preset stands for."""
+    return " ".join(f"--{flag} {as_typed(value)}" for flag, value in PRESETS[name].items())
 
 
 def layers_named(flag: str, names: tuple[str, ...], model: str) -> tuple[str, ...]:

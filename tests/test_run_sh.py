@@ -188,6 +188,21 @@ def test_setup_prints_the_interpreter(clone):
     assert (status, out) == (0, f"{clone}/.venv/bin/python\n")
 
 
+def test_info_installs_nothing_and_asks_the_interpreter_that_a_run_would_use(clone, tmp_path):
+    status, out, err, log = run(clone, "--info")
+    assert (status, out, err) == (0, f"ran: {clone}/deepstyle.py --info\n", "")
+    assert log.splitlines()[-1].startswith("python3 ") or f"{tmp_path}/bin/python3 {clone}" in log
+    assert not (clone / ".venv").exists()
+    run(clone, "--setup")
+    (clone / ".venv" / "bin" / "has_packages").unlink()  # an installation that failed
+    assert run(clone, "--info")[3].splitlines()[-1].startswith(f"{clone}/.venv/bin/python {clone}/deepstyle.py")
+    (tmp_path / "active" / "bin").mkdir(parents=True)
+    shutil.copy(tmp_path / "bin" / "python3", tmp_path / "active" / "bin" / "python")
+    (tmp_path / "active" / "bin" / "has_packages").touch()
+    log = run(clone, "--info", VIRTUAL_ENV=str(tmp_path / "active"))[3]
+    assert log.splitlines()[-1].startswith(f"{tmp_path}/active/bin/python {clone}/deepstyle.py")
+
+
 def test_the_whole_program_runs_from_any_folder(clone):
     shutil.copytree(IMAGES, clone / "images", dirs_exist_ok=True)
     small = ["--weights", "random", "--image_size", "32", "--num_iter", "1"]

@@ -8,6 +8,7 @@ import io
 import os
 import random
 import shutil
+import sys
 import threading
 import zipfile
 
@@ -385,6 +386,15 @@ def test_a_damaged_file_that_cannot_be_set_aside_is_told_and_passed_over(cut_off
     (cut_off / KERAS_FILE).write_bytes(b"\x89HDF and nothing more")
     assert_same(deepstyle.load_weights()[0], narrow)
     assert "cannot be set aside" in capsys.readouterr().err
+
+
+def test_without_h5py_a_good_file_is_not_called_damaged(cut_off, narrow, tmp_path, monkeypatch):
+    cut_off.mkdir(parents=True)
+    shutil.copy(tmp_path / "old.h5", cut_off / KERAS_FILE)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ModuleNotFoundError, match="h5py"):
+        deepstyle.load_weights()
+    assert (cut_off / KERAS_FILE).exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
