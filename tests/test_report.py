@@ -421,12 +421,14 @@ def test_a_folders_report_is_a_page_of_all_its_pictures(photos, tmp_path, monkey
     monkeypatch.setattr(report, "write_page", look)
     assert run_quietly(photos, tmp_path / "out", "--report", "all.html", "--num_iter", 1) == 1
     # The file that is no picture has failed before the first is painted.
-    assert [cards(page) for page in pages] == [(2, 1), (3, 2)]
-    assert "Reload this page" in pages[0]
-    assert "Reload this page" not in pages[1]
-    assert "is no picture that Pillow can read" in pages[1]
-    assert "<img src=x" not in pages[1]
-    links = [urllib.parse.unquote(html.unescape(link)) for link in re.findall('href="([^d].*?)"', pages[1])]
+    assert [cards(page) for page in pages] == [(1, 0), (2, 1), (3, 2)]
+    assert ["Reload this page" in page for page in pages] == [True, True, False]
+    assert [f"{done} of 3 photos done, 1 failed" in page for done, page in enumerate(pages)] == [True] * 3
+    assert "less than a minute left" in pages[1]
+    last = pages[2]
+    assert "is no picture that Pillow can read" in last
+    assert "<img src=x" not in last
+    links = [urllib.parse.unquote(html.unescape(link)) for link in re.findall('href="([^d].*?)"', last)]
     assert links == [f"{BAD_NAME}/all.html", "a.png/all.html"]
     for link in links:
         assert len(read_report(tmp_path / "out" / link)[0]) == 2
