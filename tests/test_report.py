@@ -1,6 +1,7 @@
 """The report: one file that shows a run, in any browser, without a server."""
 
 import base64
+import contextlib
 import dataclasses
 import html
 import io
@@ -8,12 +9,13 @@ import json
 import os
 import re
 import shutil
+import time
 import urllib.parse
 
 import forked
 import numpy as np
 import pytest
-from conftest import SMALL, run_quietly
+from conftest import SMALL, run_quietly, wait_for
 from PIL import Image
 
 import deepstyle
@@ -468,4 +470,76 @@ def test_a_folders_page_in_a_browser(photos, tmp_path, browser):
     assert {url for url in asked_for(browser) if not url.startswith("data:")} == {path.as_uri()}
     browser.execute_script("document.querySelector('figure a').click()")
     assert browser.execute_script(VISIBLE) == [False, True]
+    assert browser.get_log("browser") == []
+
+
+# ------------------------------------------------------------------- in a browser, while a run goes on
+
+
+@contextlib.contextmanager
+def under_way(*given):
+    """The command in a process of its own, until it is asked to stop."""
+    process = forked.start(*SMALL, "--quiet", *given)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def until(true, seconds=30):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+IS_LOADED_AGAIN = "return !window.isLooking"  # after window.isLooking = true
+NEWEST = "return [slider.value === slider.max, Number(figures.at(-1).dataset.evaluations)]"
+CHOSEN = "return Number(figures[slider.value].dataset.evaluations)"
+FOLLOWS = "return document.getElementById('follows')?.textContent"
+
+
+def loaded_again(browser):
+    """Wait until the page has loaded itself again."""
+    browser.execute_script("window.isLooking = true")
+    until(
+        lambda: (
+            browser.execute_script(IS_LOADED_AGAIN)
+            and browser.execute_script("return document.readyState") == "complete"
+        )
+    )
+
+
+def stays(browser, seconds=2.5):
+    """Whether the page does not load itself again for a while in which it would."""
+    browser.execute_script("window.isLooking = true")
+    time.sleep(seconds)
+    return not browser.execute_script(IS_LOADED_AGAIN)
+
+
+def test_the_page_of_a_run_follows_it_and_keeps_what_was_chosen_until_the_run_ends(picture_files, tmp_path, browser):
+    path = tmp_path / "a.html"
+    with under_way(*picture_files, tmp_path / "a", "--report", path, "--num_iter", 10**6) as process:
+        wait_for(path, process)
+        look(browser, path, 390)
+        first = browser.execute_script(NEWEST)[1]
+        loaded_again(browser)
+        is_newest, reached = browser.execute_script(NEWEST)
+        assert is_newest and reached > first
+        browser.execute_script("slider.focus(); slider.value = 1; show(); details.open = true; scrollTo(0, 700)")
+        chosen = browser.execute_script(CHOSEN)
+        loaded_again(browser)
+        assert browser.execute_script(NEWEST)[1] > reached
+        assert browser.execute_script(CHOSEN) == chosen
+        assert browser.execute_script("return [details.open, document.activeElement.id]") == [True, "slider"]
+        assert browser.execute_script("return scrollY") == pytest.approx(700, abs=2)
+        assert browser.execute_script(FOLLOWS) == "This page follows the run."
+        browser.execute_script("window.isLooking = true")
+    until(lambda: browser.execute_script(FOLLOWS) is None)
+    assert browser.execute_script(CHOSEN) == chosen
+    assert stays(browser)
+    page = path.read_text()
+    assert "The run has ended here" in page
+    assert "reload" not in page.lower()
     assert browser.get_log("browser") == []
