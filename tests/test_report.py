@@ -20,10 +20,10 @@ from PIL import Image
 
 import deepstyle
 from deepstyle import Losses, State
-from deepstyle_app import report, run
+from deepstyle_app import files, report, run
 from deepstyle_app.command import job_of
 from deepstyle_app.recipe import Recipe, read_text
-from deepstyle_app.report import MAX_PICTURES, Shown, encoded, plot, points_before, read_report, thinned
+from deepstyle_app.report import MAX_PICTURES, News, Shown, encoded, plot, points_before, read_report, thinned
 from deepstyle_support.memory import Plan, plan_memory
 
 
@@ -104,7 +104,71 @@ def test_the_page_is_whole_after_each_iteration(picture_files, tmp_path, monkeyp
     assert [page.count('class="iteration"') for page in pages] == [2, 3]
     assert all(page.startswith("<!doctype html>") and page.endswith("</html>") for page in pages)
     assert "Reload this page" in pages[0]
+    assert "less than a minute left" in pages[0]
     assert "Reload this page" not in pages[1]
+
+
+def test_what_is_left_is_judged_by_the_latest_iterations_and_the_pixels_to_come():
+    small, large = (10, 20), (20, 40)
+    shown = [Shown(small, number, 20 * number, [], 0.0, 60.0 + number, False, "") for number in range(1, 4)]
+    totals = {small: 4, large: 2}
+    assert report.news_of(shown, totals) == News(left=62 * (1 + 4 + 4), due=63)
+    assert report.news_of(shown, totals).left_in_words == "about 9 minutes left"
+    assert report.news_of(shown, {small: 3, large: 20}) == News(left=62 * 80, due=63 * 4)
+    assert report.news_of(shown, {small: 103}).left_in_words == "about 2 hours left"
+    started = [Shown(small, 0, 0, [], 0.0, 0.0, False, "")]
+    assert report.news_of(started, totals).left_in_words == ""
+
+
+@pytest.fixture
+def goes_on(monkeypatch):
+    """What each page that was written says: whether the run goes on."""
+    pages, write = [], report.write_page
+
+    def look(path, *given, **data):
+        write(path, *given, **data)
+        pages.append(report.says_it_goes_on(path))
+
+    monkeypatch.setattr(report, "write_page", look)
+    return pages
+
+
+def test_a_run_that_ends_early_and_goes_on_later_says_so_on_its_page(picture_files, tmp_path, goes_on):
+    flags = ["--report", tmp_path / "a.html", "--num_iter", 4]
+    assert run_quietly(picture_files, tmp_path / "a", *flags, "--min_improvement", 99.9) == 0
+    assert goes_on == [True, True, False]
+    assert "Iteration 2 of 4" in (tmp_path / "a.html").read_text()
+    assert "The run has ended here." in (tmp_path / "a.html").read_text()
+    assert run_quietly(picture_files, tmp_path / "a", *flags, "--resume") == 0
+    assert goes_on[3:] == [True, True, False]
+    assert "The run has ended here." not in (tmp_path / "a.html").read_text()
+
+
+def test_a_run_that_fails_says_on_its_page_that_it_has_ended(picture_files, tmp_path, goes_on, monkeypatch):
+    saved, save = [], files.Outputs._write_picture
+
+    def full_disk(self, painted):
+        saved.append(painted)
+        if len(saved) > 1:
+            raise deepstyle.UserError("full", status=1)
+        return save(self, painted)
+
+    monkeypatch.setattr(files.Outputs, "_write_picture", full_disk)
+    assert run_quietly(picture_files, tmp_path / "a", "--report", tmp_path / "a.html", "--num_iter", 4) == 1
+    assert len(saved) == 3  # once more at the end, in vain
+    assert goes_on == [True, False]
+
+
+def test_a_run_that_was_killed_before_its_page_said_that_it_ended_makes_up_for_it(
+    picture_files, tmp_path, goes_on, monkeypatch
+):
+    flags = ["--report", tmp_path / "a.html", "--num_iter", 3, "--min_improvement", 99.9]
+    with monkeypatch.context() as patch:
+        patch.setattr(report.Report, "end", lambda self: None)
+        assert run_quietly(picture_files, tmp_path / "a", *flags) == 0
+    for _ in range(2):
+        assert run_quietly(picture_files, tmp_path / "a", *flags, "--resume") == 0
+    assert goes_on == [True, True, True, False]  # and then nothing is written
 
 
 def test_a_page_that_cannot_be_made_leaves_the_one_before(tmp_path):
@@ -543,3 +607,70 @@ def test_the_page_of_a_run_follows_it_and_keeps_what_was_chosen_until_the_run_en
     assert "The run has ended here" in page
     assert "reload" not in page.lower()
     assert browser.get_log("browser") == []
+
+
+@pytest.fixture
+def left_behind(picture_files, tmp_path, monkeypatch):
+    """The page of a run that was killed: of its end nothing is written."""
+    with monkeypatch.context() as patch:
+        patch.setattr(report.Report, "end", lambda self: None)
+        flags = ["--num_iter", 5, "--min_improvement", 99.9, "--report", tmp_path / "a.html"]
+        assert run_quietly(picture_files, tmp_path / "a", *flags) == 0
+    return tmp_path / "a.html"
+
+
+def test_the_page_does_not_load_itself_again_under_the_persons_hands_nor_unseen(left_behind, browser):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    look(browser, left_behind, 1200)
+    ActionChains(browser).click_and_hold(browser.find_element(By.ID, "slider")).perform()
+    assert stays(browser)
+    ActionChains(browser).release().perform()
+    loaded_again(browser)
+    browser.execute_script("getSelection().selectAllChildren(document.querySelector('h1'))")
+    assert stays(browser)
+    browser.execute_script("getSelection().removeAllRanges()")
+    loaded_again(browser)
+    browser.execute_script("Object.defineProperty(document, 'visibilityState', {value: 'hidden', configurable: true})")
+    assert stays(browser)
+    browser.execute_script("delete document.visibilityState")
+    loaded_again(browser)
+
+
+def test_a_page_without_news_for_long_says_that_the_run_may_have_been_killed(left_behind, browser):
+    page = left_behind.read_text()
+    written = float(re.search(r"written = ([\d.]+)", page)[1])
+
+    def as_if_written(seconds_ago):
+        left_behind.write_text(page.replace(str(written), str(time.time() - seconds_ago)))
+        look(browser, left_behind, 1200)
+        return browser.execute_script(FOLLOWS)
+
+    assert as_if_written(3600).startswith("No news since then: the run may have been killed")
+    assert stays(browser)
+    assert as_if_written(30) == "This page follows the run."
+    assert as_if_written(-3600) == "This page follows the run."  # another computer's clock
+    # That clock is of no account once the page has changed under our eyes.
+    loaded_again(browser)
+    left_behind.write_text(page.replace(str(written), str(time.time() - 7200)))
+    loaded_again(browser)
+    assert browser.execute_script(FOLLOWS) == "This page follows the run."
+
+
+def test_a_batchs_page_follows_it(picture_files, tmp_path, browser):
+    (tmp_path / "photos").mkdir()
+    for number in range(30):
+        shutil.copy(picture_files[0], tmp_path / "photos" / f"{number}.png")
+    path = tmp_path / "out" / "a.html"
+    with under_way(
+        tmp_path / "photos", picture_files[1], tmp_path / "out", "--report", "a.html", "--num_iter", 5
+    ) as process:
+        wait_for(path, process)
+        look(browser, path, 390)
+        shown = browser.execute_script("return document.images.length")
+        until(lambda: browser.execute_script("return document.images.length") > shown)
+    until(lambda: browser.execute_script(FOLLOWS) is None)
+    assert "; the same command with --resume does what is not" in path.read_text()
+    assert stays(browser)
+    assert "script" not in re.sub("<meta.*?>", "", path.read_text())
