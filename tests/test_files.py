@@ -55,7 +55,8 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_on_windows_who_reads_a_file_is_in_the_way_of_the_next_for_a_moment_only(tmp_path, monkeypatch):
-    path, refused, replace = tmp_path / "a", [], os.replace
+    path, replace = tmp_path / "a", os.replace
+    refused: list[str] = []
 
     def replace_unless_read(name, target):
         if len(refused) < 2:

@@ -116,6 +116,8 @@ def test_what_is_left_is_judged_by_the_latest_iterations_and_the_pixels_to_come(
     assert report.news_of(shown, totals).left_in_words == "about 9 minutes left"
     assert report.news_of(shown, {small: 3, large: 20}) == News(left=62 * 80, due=63 * 4)
     assert report.news_of(shown, {small: 103}).left_in_words == "about 2 hours left"
+    stopped = Shown(small, 4, 65, [], 0.0, 1.0, True, "")
+    assert report.news_of([*shown, stopped], totals) == report.news_of(shown, totals)
     started = [Shown(small, 0, 0, [], 0.0, 0.0, False, "")]
     assert report.news_of(started, totals).left_in_words == ""
 
