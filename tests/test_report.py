@@ -225,7 +225,9 @@ def test_coarse_sizes_are_on_the_page_and_stay_when_it_goes_on(picture_files, tm
     assert decoded(shown[1].picture).shape[:2] == coarse
     assert [size for size, _ in points] == sorted(size for size, _ in points)
     assert {size for size, _ in points} == {coarse, full}
-    assert "at 32 \N{MULTIPLICATION SIGN} 42 pixels, iteration 1 of 2" in path.read_text("utf-8")
+    page = path.read_text("utf-8")
+    assert "at 32 \N{MULTIPLICATION SIGN} 42 pixels, iteration 1 of 2" in page
+    assert "Iteration 2 of 2, 64 \N{MULTIPLICATION SIGN} 85 pixels (size 2 of 2), loss" in page
 
 
 def test_the_plot_has_each_loss_at_its_place():
