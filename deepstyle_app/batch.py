@@ -13,7 +13,7 @@ from deepstyle_support.reading import read_picture
 from .job import Job
 from .locks import folder_for, lock_of
 from .ownership import real, remove_unfinished
-from .report import THUMBNAIL, Card, check_index, encoded, title_of, write_index
+from .report import THUMBNAIL, Card, News, check_index, encoded, title_of, write_index
 from .run import Ending
 
 
@@ -63,6 +63,8 @@ class Batch:
     thing: str = "photo"  # what one of them is called
     debug: bool = False
     _no_page: str = ""  # why the latest page could not be written, in words
+    _page_goes_on: bool = False  # whether the page says so
+    _seconds: list[float] = dataclasses.field(default_factory=list)  # of each picture that was painted
     # What it is wrong with, and what: with which of them first. A photo and a style may have the same name.
     _failed: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
     _owners: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
@@ -115,6 +117,7 @@ class Batch:
     def ended(self, task: Task, ending: Ending, seconds: float) -> None:
         """Keep how the picture's run ended, and show it. Raises UserError as `check_results`."""
         task.ending = ending
+        self._seconds += [seconds] * ending.painted
         self.check_results(task)
         if task.is_done:
             loss = "nothing better was found, " if ending.loss is None else f"loss {ending.loss:.5g}, "
@@ -136,19 +139,45 @@ class Batch:
             raise UserError(f"--report is '{report}', and so is a {self.thing}, whose results have their folder there")
         check_index(self.results / report)
 
-    def write_page(self, job: Job) -> None:
+    def begin(self, on: str, source: str, job: Job) -> None:
+        """Show what is going to be painted, on what, with weights from where; a new batch has a page at once."""
+        self.show(f"painting {self.counted(len(self.left()))} on {on}; {source}")
+        if not job.resume:  # the page that is there may show more than what is known by now
+            self.write_page(job)
+
+    def write_page(self, job: Job, has_ended: bool = False) -> None:
         """Write the page, if one is asked for, of those whose runs have ended or failed, with links to their reports.
 
-        What goes wrong with it stops no picture; if it goes wrong with the last, `end` says so.
+        has_ended: whether no more are to come. What goes wrong with it stops no picture; if with the last,
+        `end` says so.
         """
         self._no_page = ""
         if not job.report:
             return
+        self._page_goes_on = bool(self.left()) and not has_ended
         try:
             cards = {tuple(task.names): None if task.is_left else task.card(job.report) for task in self.tasks}
-            write_index(real(self.results / job.report), title_of(job.content, *job.style), cards, self.thing)
+            title, news = title_of(job.content, *job.style), self._news(job.workers) if self._page_goes_on else None
+            write_index(real(self.results / job.report), title, cards, self._so_far(has_ended), news)
         except Exception as error:
             self._no_page = describe_error(error, self.debug)
+
+    def end_page(self, job: Job) -> None:
+        """Write the page once more if it says that more is to come: nothing is."""
+        if self._page_goes_on:
+            self.write_page(job, has_ended=True)
+
+    def _so_far(self, has_ended: bool) -> str:
+        """How many are done, in words."""
+        done, failed = sum(task.is_done for task in self.tasks), sum(bool(task.failure) for task in self.tasks)
+        so_far = f"{done} of {self.counted(len(self.tasks))} done" + f", {failed} failed" * bool(failed)
+        return f"{so_far}; the same command with --resume does what is not" if has_ended else so_far
+
+    def _news(self, workers: int) -> News:
+        """What is to come, judged by the pictures that were painted."""
+        if not self._seconds:
+            return News(0.0, 0.0)
+        return News(sum(self._seconds) / len(self._seconds) * len(self.left()) / workers, max(self._seconds))
 
     def end(self, status: int = 0) -> int:
         """Show what is not done, and why. Returns the exit status, which is `status` unless that is 0."""

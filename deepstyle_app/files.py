@@ -31,7 +31,7 @@ from .outputs import (
 )
 from .ownership import RunFiles, files_of, real
 from .recipe import Recipe, read_text
-from .report import MAX_PICTURES, Report, facts_of, read_report, report_of, taken_over, thinned
+from .report import MAX_PICTURES, Report, facts_of, read_report, report_of, says_it_goes_on, taken_over, thinned
 from .state import Record, Saved, write_state
 
 Size = tuple[int, int]  # (rows, columns)
@@ -187,9 +187,10 @@ class Outputs:
         self._report = report_of(real(path), facts, totals, start, taken)
         shown = {(one.size, one.number) for one in self._report.shown}
         self._notify_missing("report", [before[key] for key in keys if key not in shown])
-        if self.before and not shows(path, self.before):
-            self._report.write(is_exact(before[list(before)[-1]]))
-            self._made_up.append(path)
+        if self.before:
+            if not shows(path, self.before):
+                self._made_up.append(path)
+            self._report.write(is_exact(before[list(before)[-1]]), goes_on=True)
 
     def _begin_animation(self, start: np.ndarray, before: dict[Key, Path]) -> None:
         """Take the pictures of the iterations before as its first frames."""
@@ -275,7 +276,26 @@ class Outputs:
             self._report.add(iteration, exact)
 
     def finish(self) -> list[Path]:
-        """Write what is still to be written at the end of a run; returns the paths, and of what was made up for."""
+        """Write what is still to be written at the end of a run; returns the paths, and of what was made up for.
+
+        Whatever cannot be written, the report is to say that the run has ended.
+        """
+        try:
+            paths = self._finish_files()
+        except BaseException:
+            with contextlib.suppress(UserError):  # what came first is what counts
+                self._end_report()
+            raise
+        self._end_report()
+        return paths
+
+    def _end_report(self) -> None:
+        with self._advice():
+            if self._report:
+                self._report.end()
+
+    def _finish_files(self) -> list[Path]:
+        """`finish`, but for the report."""
         paths = [] if self._latest else self._made_up
         if self._unsaved:
             with self._advice():
@@ -350,9 +370,10 @@ def is_logged(path: Path, rows: list[str]) -> bool:
 
 
 def shows(path: Path, saved: Saved) -> bool:
-    """Whether a report shows the picture of this state."""
+    """Whether a report shows the picture of this state, and says that no run goes on."""
     state = saved.state
-    return any((one.size, one.evaluations) == (state.size, state.evaluations) for one in read_report(path)[0])
+    is_there = any((one.size, one.evaluations) == (state.size, state.evaluations) for one in read_report(path)[0])
+    return is_there and not says_it_goes_on(path)
 
 
 def about(record: Record, saved: Saved) -> str:

@@ -68,15 +68,18 @@ def run_many(job: Job) -> int:
     with signals_as_requests() as received, batch.owned(job.report) as note:
         if note and not job.quiet:
             notify(note)
-        if job.workers > 1:
-            from .photo_workers import run_by_workers  # only now: nobody else needs Ray
+        try:
+            if job.workers > 1:
+                from .photo_workers import run_by_workers  # only now: nobody else needs Ray
 
-            run_by_workers(job, groups, batch, (weights, source), received)
-        else:
-            batch.show(f"painting {batch.counted(len(batch.left()))} on {describe_device()}; {source}")
-            shared = Shared({}, free, weights, Cache(), received)
-            for group in groups:
-                run_group(group, batch, shared, job)
+                run_by_workers(job, groups, batch, (weights, source), received)
+            else:
+                batch.begin(describe_device(), source, job)
+                shared = Shared({}, free, weights, Cache(), received)
+                for group in groups:
+                    run_group(group, batch, shared, job)
+        finally:
+            batch.end_page(job)
         return batch.end(128 + received[0] if received else 0)
 
 

@@ -94,7 +94,7 @@ def run_by_workers(
     with contextlib.closing(Sharing(job, crew, groups, batch, weights)) as sharing:
         on = "" if received else crew.begin()  # which takes seconds
         if not received:
-            batch.show(f"painting {batch.counted(len(batch.left()))} on {on}; {source}")
+            batch.begin(on, source, job)
             sharing.run(received)
 
 

@@ -5,6 +5,7 @@ What it looks like is in page.html, and report.html and folder.html, which fill 
 
 import base64
 import dataclasses
+import datetime
 import functools
 import io
 import json
@@ -12,6 +13,7 @@ import math
 import os
 import re
 import secrets
+import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ LOSSES = ("total", "content", "style", "total variation")  # in the order of a S
 SIDE = 1200  # pixels of a shown picture's longer side at most: the pictures in full are files of their own
 THUMBNAIL = 480  # the same of styles and masks
 MAX_PICTURES, MAX_POINTS = 40, 2000  # of more, every second is left out, then three of four, and so on
+GOES_ON = '<span id="follows">'  # stands in the page of a run that goes on
 INDEX = '<meta name="generator" content="deepstyle: a folder">'
 Size = tuple[int, int]  # (rows, columns)
 Points = dict[tuple[Size, int], list[float]]  # the loss and its three parts at each evaluation of a size
@@ -50,6 +53,24 @@ class Shown:
     picture: str  # a WebP file in base64
 
 
+@dataclasses.dataclass(frozen=True)
+class News:
+    """What the page of a run that goes on says of what is to come, in seconds; 0 where it is not known.
+
+    Only such a page loads itself again (page.html): one that has ended has none, and no script that would.
+    """
+
+    left: float  # until the end
+    due: float  # until the page is written anew, at most, as far as one can tell
+
+    @property
+    def left_in_words(self) -> str:
+        minutes = round(self.left / 60)
+        if minutes < 1:
+            return "less than a minute left" if self.left else ""
+        return f"about {counted(minutes, 'minute') if minutes < 100 else counted(round(minutes / 60), 'hour')} left"
+
+
 @dataclasses.dataclass
 class Report:
     """The file and what it shows: `note` tells it of an evaluation, `add` of an iteration, which writes it anew."""
@@ -59,6 +80,8 @@ class Report:
     totals: dict[Size, int]  # how many iterations there are to be at each size
     shown: list[Shown]
     points: Points
+    _exact: bool = False  # as it was last written
+    _goes_on: bool = False  # whether it says so
 
     def note(self, size: Size, evaluations: int, losses: list[float]) -> None:
         """Keep the loss and its three parts for the plot."""
@@ -85,16 +108,38 @@ class Report:
         self.shown = thinned([*whole, shown], MAX_PICTURES, [one.number for one in [*whole, shown]])
         kept = thinned(list(self.points), MAX_POINTS, [count for _, count in self.points])
         self.points = {key: self.points[key] for key in kept}
-        self.write(exact)
+        is_last = (state.size, iteration.number) == list(self.totals.items())[-1]
+        self.write(exact, goes_on=not (is_last or state.partial))  # a part is what a run ends with
 
-    def write(self, exact: bool) -> None:
+    def write(self, exact: bool, goes_on: bool) -> None:
         """Write what there is to show. exact: whether the command makes the same pictures."""
         how = {
             "again": how_close(exact, self.facts["recipe"].device),
             "plot": plot(self.points),
             "saved": saved(self.shown, self.points),
+            "news": news_of(self.shown, self.totals) if goes_on else None,
         }
         write_page(self.path, "report.html", **self.facts, **how, shown=self.shown, totals=self.totals)
+        self._exact, self._goes_on = exact, goes_on
+
+    def end(self) -> None:
+        """The run ends here, wherever that is: its page says so, if it does not yet."""
+        if self._goes_on:
+            self.write(self._exact, goes_on=False)
+
+
+def news_of(shown: list[Shown], totals: dict[Size, int]) -> News:
+    """What is to come after the last that is shown, judged by the latest iterations at its size and by the pixels."""
+    latest = shown[-1]
+    seconds = [one.seconds for one in shown if one.size == latest.size and one.seconds and not one.partial][-5:]
+    if not seconds:
+        return News(0.0, 0.0)
+    sizes = list(totals)[list(totals).index(latest.size) :]
+    left = {size: totals[size] * math.prod(size) / math.prod(latest.size) for size in sizes}
+    left[latest.size] -= latest.number - latest.partial
+    following = sizes[0] if left[sizes[0]] > 0 or len(sizes) == 1 else sizes[1]
+    by_pixels = math.prod(following) / math.prod(latest.size)
+    return News(statistics.median(seconds) * sum(left.values()), max(seconds) * by_pixels)
 
 
 def facts_of(recipe: Recipe, inputs: dict[str, np.ndarray], side: int, run: str = "") -> dict[str, Any]:
@@ -219,6 +264,11 @@ def read_report(path: Path) -> tuple[list[Shown], Points]:
         return [], {}
 
 
+def says_it_goes_on(path: Path) -> bool:
+    """Whether a page is that of a run that goes on; if none does, it was killed."""
+    return path.exists() and GOES_ON in path.read_text("utf-8", "replace")
+
+
 def encoded(picture: np.ndarray, side: int) -> str:
     """picture: (H, W, C) uint8 -> a WebP file in base64, its longer side of so many pixels at most."""
     image, file = Image.fromarray(picture), io.BytesIO()
@@ -291,8 +341,10 @@ class Card:
     link: str = ""  # its own report, from where the page is; empty if there is none
 
 
-def write_index(path: Path, title: str, cards: dict[tuple[str, ...], Card | None], thing: str) -> None:
-    """Write the page of many pictures, of which some are not made yet. `thing` is what one of them is called.
+def write_index(
+    path: Path, title: str, cards: dict[tuple[str, ...], Card | None], so_far: str, news: News | None
+) -> None:
+    """Write the page of many pictures, of which some are not made yet. so_far: how many are, in words.
 
     cards: by the names; where these are pairs, the page is a sheet, photos down and styles across. Raises UserError,
     status 1, if it cannot be written.
@@ -301,10 +353,7 @@ def write_index(path: Path, title: str, cards: dict[tuple[str, ...], Card | None
     is_sheet = all(len(names) == 2 for names in cards)
     photos, styles = (list(dict.fromkeys(names[n] for names in cards)) if is_sheet else [] for n in (0, 1))
     rows = [(photo, [cards[photo, style] for style in styles]) for photo in photos]
-    of = f"{len(made)} of {counted(len(cards), thing)}"
-    write_page(
-        path, "folder.html", title=title, cards=made, styles=styles, rows=rows, of=of, is_whole=len(made) == len(cards)
-    )
+    write_page(path, "folder.html", title=title, cards=made, styles=styles, rows=rows, so_far=so_far, news=news)
 
 
 def check_index(path: Path) -> None:
@@ -327,6 +376,7 @@ def write_page(path: Path, name: str, **data: Any) -> None:
     Only what has the page's nonce is run or styles it, and nothing is fetched (Content Security Policy Level 3). A
     file's name may have bytes that are no text: they stay as they are.
     """
-    page = template(name).stream(**data, nonce=secrets.token_urlsafe(12))
+    now = datetime.datetime.now().astimezone()
+    page = template(name).stream(**data, nonce=secrets.token_urlsafe(12), now=now)
     page.enable_buffering(100)
     write_whole(path, lambda file: page.dump(file, "utf-8", "surrogateescape"))

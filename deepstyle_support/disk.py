@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -28,9 +29,19 @@ def write_whole(path: Path, write: Callable) -> None:
             os.fsync(file.fileno())
             if not fcntl:
                 file.close()  # Windows renames no file that is open; elsewhere it is locked until it has its name
-            os.replace(file.name, path)
+            rename(file.name, path)
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror or error}", status=1) from error
+
+
+def rename(name: str, path: Path) -> None:
+    """Give a file its name. On Windows a browser that just loads the page which it replaces is in the way."""
+    for seconds in () if fcntl else (0.05, 0.2, 1.0):
+        with contextlib.suppress(PermissionError):
+            os.replace(name, path)
+            return
+        time.sleep(seconds)
+    os.replace(name, path)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from deepstyle_app.command import main
 from deepstyle_app.locks import lock_of
 from deepstyle_app.ownership import RunFiles, base_path
 from deepstyle_app.run import what_shapes
+from deepstyle_support import disk
 from deepstyle_support.disk import write_whole
 from deepstyle_support.engine import Engine
 from deepstyle_support.images import from_input_space
@@ -51,6 +52,23 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     write_whole(path, lambda file: file.write(b"after"))
     assert path.read_bytes() == b"after"
     assert names(tmp_path) == ["a.png"]
+
+
+def test_on_windows_who_reads_a_file_is_in_the_way_of_the_next_for_a_moment_only(tmp_path, monkeypatch):
+    path, replace = tmp_path / "a", os.replace
+    refused: list[str] = []
+
+    def replace_unless_read(name, target):
+        if len(refused) < 2:
+            refused.append(name)
+            raise PermissionError(13, "Access is denied")
+        replace(name, target)
+
+    monkeypatch.setattr(disk, "fcntl", None)
+    monkeypatch.setattr(disk.os, "replace", replace_unless_read)
+    write_whole(path, lambda file: file.write(b"after"))
+    assert path.read_bytes() == b"after"
+    assert len(refused) == 2
 
 
 def test_every_iteration_leaves_its_state(picture_files, tmp_path):

@@ -1,6 +1,7 @@
 """The report: one file that shows a run, in any browser, without a server."""
 
 import base64
+import contextlib
 import dataclasses
 import html
 import io
@@ -8,20 +9,21 @@ import json
 import os
 import re
 import shutil
+import time
 import urllib.parse
 
 import forked
 import numpy as np
 import pytest
-from conftest import SMALL, run_quietly
+from conftest import SMALL, run_quietly, wait_for
 from PIL import Image
 
 import deepstyle
 from deepstyle import Losses, State
-from deepstyle_app import report, run
+from deepstyle_app import files, report, run
 from deepstyle_app.command import job_of
 from deepstyle_app.recipe import Recipe, read_text
-from deepstyle_app.report import MAX_PICTURES, Shown, encoded, plot, points_before, read_report, thinned
+from deepstyle_app.report import MAX_PICTURES, News, Shown, encoded, plot, points_before, read_report, thinned
 from deepstyle_support.memory import Plan, plan_memory
 
 
@@ -102,7 +104,73 @@ def test_the_page_is_whole_after_each_iteration(picture_files, tmp_path, monkeyp
     assert [page.count('class="iteration"') for page in pages] == [2, 3]
     assert all(page.startswith("<!doctype html>") and page.endswith("</html>") for page in pages)
     assert "Reload this page" in pages[0]
+    assert "less than a minute left" in pages[0]
     assert "Reload this page" not in pages[1]
+
+
+def test_what_is_left_is_judged_by_the_latest_iterations_and_the_pixels_to_come():
+    small, large = (10, 20), (20, 40)
+    shown = [Shown(small, number, 20 * number, [], 0.0, 60.0 + number, False, "") for number in range(1, 4)]
+    totals = {small: 4, large: 2}
+    assert report.news_of(shown, totals) == News(left=62 * (1 + 4 + 4), due=63)
+    assert report.news_of(shown, totals).left_in_words == "about 9 minutes left"
+    assert report.news_of(shown, {small: 3, large: 20}) == News(left=62 * 80, due=63 * 4)
+    assert report.news_of(shown, {small: 103}).left_in_words == "about 2 hours left"
+    stopped = Shown(small, 4, 65, [], 0.0, 1.0, True, "")
+    assert report.news_of([*shown, stopped], totals) == report.news_of(shown, totals)
+    started = [Shown(small, 0, 0, [], 0.0, 0.0, False, "")]
+    assert report.news_of(started, totals).left_in_words == ""
+
+
+@pytest.fixture
+def goes_on(monkeypatch):
+    """What each page that was written says: whether the run goes on."""
+    pages, write = [], report.write_page
+
+    def look(path, *given, **data):
+        write(path, *given, **data)
+        pages.append(report.says_it_goes_on(path))
+
+    monkeypatch.setattr(report, "write_page", look)
+    return pages
+
+
+def test_a_run_that_ends_early_and_goes_on_later_says_so_on_its_page(picture_files, tmp_path, goes_on):
+    flags = ["--report", tmp_path / "a.html", "--num_iter", 4]
+    assert run_quietly(picture_files, tmp_path / "a", *flags, "--min_improvement", 99.9) == 0
+    assert goes_on == [True, True, False]
+    assert "Iteration 2 of 4" in (tmp_path / "a.html").read_text()
+    assert "The run has ended here." in (tmp_path / "a.html").read_text()
+    assert run_quietly(picture_files, tmp_path / "a", *flags, "--resume") == 0
+    assert goes_on[3:] == [True, True, False]
+    assert "The run has ended here." not in (tmp_path / "a.html").read_text()
+
+
+def test_a_run_that_fails_says_on_its_page_that_it_has_ended(picture_files, tmp_path, goes_on, monkeypatch):
+    saved, save = [], files.Outputs._write_picture
+
+    def full_disk(self, painted):
+        saved.append(painted)
+        if len(saved) > 1:
+            raise deepstyle.UserError("full", status=1)
+        return save(self, painted)
+
+    monkeypatch.setattr(files.Outputs, "_write_picture", full_disk)
+    assert run_quietly(picture_files, tmp_path / "a", "--report", tmp_path / "a.html", "--num_iter", 4) == 1
+    assert len(saved) == 3  # once more at the end, in vain
+    assert goes_on == [True, False]
+
+
+def test_a_run_that_was_killed_before_its_page_said_that_it_ended_makes_up_for_it(
+    picture_files, tmp_path, goes_on, monkeypatch
+):
+    flags = ["--report", tmp_path / "a.html", "--num_iter", 3, "--min_improvement", 99.9]
+    with monkeypatch.context() as patch:
+        patch.setattr(report.Report, "end", lambda self: None)
+        assert run_quietly(picture_files, tmp_path / "a", *flags) == 0
+    for _ in range(2):
+        assert run_quietly(picture_files, tmp_path / "a", *flags, "--resume") == 0
+    assert goes_on == [True, True, True, False]  # and then nothing is written
 
 
 def test_a_page_that_cannot_be_made_leaves_the_one_before(tmp_path):
@@ -157,7 +225,9 @@ def test_coarse_sizes_are_on_the_page_and_stay_when_it_goes_on(picture_files, tm
     assert decoded(shown[1].picture).shape[:2] == coarse
     assert [size for size, _ in points] == sorted(size for size, _ in points)
     assert {size for size, _ in points} == {coarse, full}
-    assert "at 32 \N{MULTIPLICATION SIGN} 42 pixels, iteration 1 of 2" in path.read_text("utf-8")
+    page = path.read_text("utf-8")
+    assert "at 32 \N{MULTIPLICATION SIGN} 42 pixels, iteration 1 of 2" in page
+    assert "Iteration 2 of 2, 64 \N{MULTIPLICATION SIGN} 85 pixels (size 2 of 2), loss" in page
 
 
 def test_the_plot_has_each_loss_at_its_place():
@@ -421,12 +491,14 @@ def test_a_folders_report_is_a_page_of_all_its_pictures(photos, tmp_path, monkey
     monkeypatch.setattr(report, "write_page", look)
     assert run_quietly(photos, tmp_path / "out", "--report", "all.html", "--num_iter", 1) == 1
     # The file that is no picture has failed before the first is painted.
-    assert [cards(page) for page in pages] == [(2, 1), (3, 2)]
-    assert "Reload this page" in pages[0]
-    assert "Reload this page" not in pages[1]
-    assert "is no picture that Pillow can read" in pages[1]
-    assert "<img src=x" not in pages[1]
-    links = [urllib.parse.unquote(html.unescape(link)) for link in re.findall('href="([^d].*?)"', pages[1])]
+    assert [cards(page) for page in pages] == [(1, 0), (2, 1), (3, 2)]
+    assert ["Reload this page" in page for page in pages] == [True, True, False]
+    assert [f"{done} of 3 photos done, 1 failed" in page for done, page in enumerate(pages)] == [True] * 3
+    assert "less than a minute left" in pages[1]
+    last = pages[2]
+    assert "is no picture that Pillow can read" in last
+    assert "<img src=x" not in last
+    links = [urllib.parse.unquote(html.unescape(link)) for link in re.findall('href="([^d].*?)"', last)]
     assert links == [f"{BAD_NAME}/all.html", "a.png/all.html"]
     for link in links:
         assert len(read_report(tmp_path / "out" / link)[0]) == 2
@@ -467,3 +539,142 @@ def test_a_folders_page_in_a_browser(photos, tmp_path, browser):
     browser.execute_script("document.querySelector('figure a').click()")
     assert browser.execute_script(VISIBLE) == [False, True]
     assert browser.get_log("browser") == []
+
+
+# ------------------------------------------------------------------- in a browser, while a run goes on
+
+
+@contextlib.contextmanager
+def under_way(*given):
+    """The command in a process of its own, until it is asked to stop."""
+    process = forked.start(*SMALL, "--quiet", *given)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def until(true, seconds=30):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+IS_LOADED_AGAIN = "return !window.isLooking"  # after window.isLooking = true
+NEWEST = "return [slider.value === slider.max, Number(figures.at(-1).dataset.evaluations)]"
+CHOSEN = "return Number(figures[slider.value].dataset.evaluations)"
+FOLLOWS = "return document.getElementById('follows')?.textContent"
+
+
+def loaded_again(browser):
+    """Wait until the page has loaded itself again."""
+    browser.execute_script("window.isLooking = true")
+    until(
+        lambda: (
+            browser.execute_script(IS_LOADED_AGAIN)
+            and browser.execute_script("return document.readyState") == "complete"
+        )
+    )
+
+
+def stays(browser, seconds=2.5):
+    """Whether the page does not load itself again for a while in which it would."""
+    browser.execute_script("window.isLooking = true")
+    time.sleep(seconds)
+    return not browser.execute_script(IS_LOADED_AGAIN)
+
+
+def test_the_page_of_a_run_follows_it_and_keeps_what_was_chosen_until_the_run_ends(picture_files, tmp_path, browser):
+    path = tmp_path / "a.html"
+    with under_way(*picture_files, tmp_path / "a", "--report", path, "--num_iter", 10**6) as process:
+        wait_for(path, process)
+        look(browser, path, 390)
+        first = browser.execute_script(NEWEST)[1]
+        loaded_again(browser)
+        is_newest, reached = browser.execute_script(NEWEST)
+        assert is_newest and reached > first
+        browser.execute_script("slider.focus(); slider.value = 1; show(); details.open = true; scrollTo(0, 700)")
+        chosen = browser.execute_script(CHOSEN)
+        loaded_again(browser)
+        assert browser.execute_script(NEWEST)[1] > reached
+        assert browser.execute_script(CHOSEN) == chosen
+        assert browser.execute_script("return [details.open, document.activeElement.id]") == [True, "slider"]
+        assert browser.execute_script("return scrollY") == pytest.approx(700, abs=2)
+        assert browser.execute_script(FOLLOWS) == "This page follows the run."
+        browser.execute_script("window.isLooking = true")
+    until(lambda: browser.execute_script(FOLLOWS) is None)
+    assert browser.execute_script(CHOSEN) == chosen
+    assert stays(browser)
+    page = path.read_text()
+    assert "The run has ended here" in page
+    assert "reload" not in page.lower()
+    assert browser.get_log("browser") == []
+
+
+@pytest.fixture
+def left_behind(picture_files, tmp_path, monkeypatch):
+    """The page of a run that was killed: of its end nothing is written."""
+    with monkeypatch.context() as patch:
+        patch.setattr(report.Report, "end", lambda self: None)
+        flags = ["--num_iter", 5, "--min_improvement", 99.9, "--report", tmp_path / "a.html"]
+        assert run_quietly(picture_files, tmp_path / "a", *flags) == 0
+    return tmp_path / "a.html"
+
+
+def test_the_page_does_not_load_itself_again_under_the_persons_hands_nor_unseen(left_behind, browser):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    look(browser, left_behind, 1200)
+    ActionChains(browser).click_and_hold(browser.find_element(By.ID, "slider")).perform()
+    assert stays(browser)
+    ActionChains(browser).release().perform()
+    loaded_again(browser)
+    browser.execute_script("getSelection().selectAllChildren(document.querySelector('h1'))")
+    assert stays(browser)
+    browser.execute_script("getSelection().removeAllRanges()")
+    loaded_again(browser)
+    browser.execute_script("Object.defineProperty(document, 'visibilityState', {value: 'hidden', configurable: true})")
+    assert stays(browser)
+    browser.execute_script("delete document.visibilityState")
+    loaded_again(browser)
+
+
+def test_a_page_without_news_for_long_says_that_the_run_may_have_been_killed(left_behind, browser):
+    page = left_behind.read_text()
+    written = float(re.search(r"written = ([\d.]+)", page)[1])
+
+    def as_if_written(seconds_ago):
+        left_behind.write_text(page.replace(str(written), str(time.time() - seconds_ago)))
+        look(browser, left_behind, 1200)
+        return browser.execute_script(FOLLOWS)
+
+    assert as_if_written(3600).startswith("No news since then: the run may have been killed")
+    assert stays(browser)
+    assert as_if_written(30) == "This page follows the run."
+    assert as_if_written(-3600) == "This page follows the run."  # another computer's clock
+    # That clock is of no account once the page has changed under our eyes.
+    loaded_again(browser)
+    left_behind.write_text(page.replace(str(written), str(time.time() - 7200)))
+    loaded_again(browser)
+    assert browser.execute_script(FOLLOWS) == "This page follows the run."
+
+
+def test_a_batchs_page_follows_it(picture_files, tmp_path, browser):
+    (tmp_path / "photos").mkdir()
+    for number in range(30):
+        shutil.copy(picture_files[0], tmp_path / "photos" / f"{number}.png")
+    path = tmp_path / "out" / "a.html"
+    with under_way(
+        tmp_path / "photos", picture_files[1], tmp_path / "out", "--report", "a.html", "--num_iter", 5
+    ) as process:
+        wait_for(path, process)
+        look(browser, path, 390)
+        shown = browser.execute_script("return document.images.length")
+        until(lambda: browser.execute_script("return document.images.length") > shown)
+    until(lambda: browser.execute_script(FOLLOWS) is None)
+    assert "; the same command with --resume does what is not" in path.read_text()
+    assert stays(browser)
+    assert "script" not in re.sub("<meta.*?>", "", path.read_text())

@@ -58,7 +58,7 @@ def test_a_folder_by_a_folder_makes_all_pairs_and_a_sheet_of_them(folders, capsy
     assert re.findall('<th scope="row">(.*?)</th>', page) == ["a.jpg", "b.png"]
     assert re.findall('alt="(.*?), painted"', page) == [f"{photo} in {style}" for photo, style in pairs]
     assert re.findall('href="(.*?sheet.html)"', page) == [f"{photo}/{style}/sheet.html" for photo, style in pairs]
-    assert "4 of 4 pictures" in page
+    assert "4 of 4 pictures done" in page
     assert paint(folders, "photos/b.png", "styles/wave.png", out="alone") == 0
     pair = folders / "out" / "b.png" / "wave.png" / LAST
     np.testing.assert_array_equal(pixels(pair), pixels(folders / "alone" / LAST))
