@@ -23,6 +23,7 @@ from deepstyle_app.command import command_line, job_of, main
 from deepstyle_app.ownership import base_path
 from deepstyle_app.recipe import Recipe
 from deepstyle_app.terminal import console_for, progress_bar
+from deepstyle_support.engine import Engine
 from deepstyle_support.memory import Plan
 from deepstyle_support.messages import as_typed, notify
 
@@ -288,7 +289,7 @@ def test_who_stops_reading_gets_no_complaint_and_the_same_status(picture_files):
 
 def made_somehow():
     """The text of a picture that says how it was made."""
-    recipe = Recipe.of(job_of(["c.png", "s.png", "out"]), Plan(None, 10))
+    recipe = Recipe.of(job_of(["c.png", "s.png", "out"]), Engine(Plan(None, 10), {}))
     text = PngInfo()
     text.add_itxt("Software", "deepstyle")
     text.add_itxt("deepstyle", json.dumps(recipe.as_text() | {"exact": True, "iteration": 1}))

@@ -19,6 +19,7 @@ from deepstyle_app.outputs import iterations_in_events, write_animation
 from deepstyle_app.ownership import RunFiles
 from deepstyle_app.recipe import Recipe, read_text
 from deepstyle_app.report import encoded, read_report
+from deepstyle_support.engine import Engine
 from deepstyle_support.images import resize, to_input_space
 from deepstyle_support.memory import Plan
 from deepstyle_support.rounding import computed_with
@@ -265,7 +266,7 @@ def test_an_animation_is_of_a_run_that_has_a_state(tmp_path, kind):
     job = job_of(["c.png", "s.png", f"{tmp_path}/a", "--animation", f"{tmp_path}/a.{kind}", "--image_size", "32"])
     pictures = deepstyle.Pictures(smooth_picture(1, 32, 32), (smooth_picture(2, 32, 32),))
     outputs = Outputs(RunFiles.of(job), deepstyle.stages_of(pictures, job.settings), {}, None, pytest.fail)
-    outputs.begin(Recipe.of(job, Plan(None, 10)))
+    outputs.begin(Recipe.of(job, Engine(Plan(None, 10), {})))
     assert outputs.finish() == []
     assert list(tmp_path.iterdir()) == []
 

@@ -28,6 +28,7 @@ from deepstyle_app.command import command_line, job_of, main
 from deepstyle_app.outputs import write_animation, write_log
 from deepstyle_app.recipe import Recipe
 from deepstyle_support.colours import colours, match_colours, with_colours
+from deepstyle_support.engine import Engine
 from deepstyle_support.images import from_input_space, resize
 from deepstyle_support.memory import Plan
 from deepstyle_support.pictures import read_start
@@ -162,10 +163,10 @@ def test_describe_writes_no_line_or_escape_code_of_a_name(tmp_path, capsys):
 
 
 def test_the_command_has_the_plan_that_was_made_and_not_the_memory_it_was_made_for(picture_files):
-    plan = Plan(tile=512, history=7)
-    recipe = Recipe.of(job_of([*picture_files, "out", "--max_memory", "3", "--allow_large"]), plan)
+    engine = Engine(Plan(tile=512, history=7), {})
+    recipe = Recipe.of(job_of([*picture_files, "out", "--max_memory", "3", "--allow_large"]), engine)
     assert command_in(recipe.as_text()).endswith(" out --history 7 --tile 512 --allow_large")
-    recipe = Recipe.of(job_of([*picture_files, "out", "--min_improvement", "5"]), plan)
+    recipe = Recipe.of(job_of([*picture_files, "out", "--min_improvement", "5"]), engine)
     assert "min_improvement" not in command_in(recipe.as_text())  # it made no picture
 
 
@@ -174,7 +175,7 @@ def test_the_command_has_the_plan_that_was_made_and_not_the_memory_it_was_made_f
     [("tensorflow", "python deepstyle.py "), ("jax", "env KERAS_BACKEND=jax python deepstyle.py ")],
 )
 def test_the_command_names_a_backend_that_is_not_the_usual_one(picture_files, backend, begins):
-    text = Recipe.of(job_of([*picture_files, "out"]), Plan(None, 10)).as_text() | {"backend": backend}
+    text = Recipe.of(job_of([*picture_files, "out"]), Engine(Plan(None, 10), {})).as_text() | {"backend": backend}
     assert command_in(text).startswith(begins)
 
 
@@ -187,7 +188,7 @@ def test_the_command_names_a_backend_that_is_not_the_usual_one(picture_files, ba
     ],
 )
 def test_workers_that_were_a_program_of_their_own_are_a_flag_of_the_command(program, flags):
-    text = Recipe.of(job_of(["c.png", "s.png", "out"]), Plan(64, 10)).as_text() | {"program": program}
+    text = Recipe.of(job_of(["c.png", "s.png", "out"]), Engine(Plan(64, 10), {})).as_text() | {"program": program}
     del text["workers"]
     command = command_in(text)
     assert shlex.split(command) == ["python", "deepstyle.py", "c.png", "s.png", "out", "--tile", "64", *flags]
@@ -593,7 +594,7 @@ def test_resume_refuses_another_mask(picture_files, tmp_path, capsys):
 def test_the_command_has_every_flag_that_is_not_its_default_if_it_is_0_or_false():
     falsy = {"maintain_aspect_ratio": False, "total_variation_weight": 0.0, "content_weight": 0.0}
     job = dataclasses.replace(job_of(["c.png", "s.png", "out"]), settings=Settings(**falsy))
-    parsed = job_of(shlex.split(command_in(Recipe.of(job, Plan(None, 10)).as_text()))[2:])
+    parsed = job_of(shlex.split(command_in(Recipe.of(job, Engine(Plan(None, 10), {})).as_text()))[2:])
     assert {name: getattr(parsed.settings, name) for name in falsy} == falsy
 
 

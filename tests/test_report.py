@@ -24,6 +24,7 @@ from deepstyle_app import files, report, run
 from deepstyle_app.command import job_of
 from deepstyle_app.recipe import Recipe, read_text
 from deepstyle_app.report import MAX_PICTURES, News, Shown, encoded, plot, points_before, read_report, thinned
+from deepstyle_support.engine import Engine
 from deepstyle_support.memory import Plan, plan_memory
 
 
@@ -259,7 +260,7 @@ def test_ten_iterations_at_400_rows_are_below_5_mb(tmp_path):
     noise = np.random.default_rng(0).normal(128, 40, (12, 400, 600, 3))
     smoothed = [(one + np.roll(one, 1, 0) + np.roll(one, 1, 1)) / 3 for one in noise]
     hard = [np.clip(one, 0, 255).astype(np.uint8) for one in smoothed]
-    recipe = Recipe.of(job_of(["c.png", "s.png", "out"]), Plan(None, 9))
+    recipe = Recipe.of(job_of(["c.png", "s.png", "out"]), Engine(Plan(None, 9), {}))
     facts = report.facts_of(recipe, {"content": hard[11], "style": hard[10]}, 600)
     losses = [123456.789123, 1234.56789123, 120000.123456, 2000.123456]
     shown = [Shown((400, 600), n, 20 * n, losses, 1.0, 1.0, False, encoded(hard[n], report.SIDE)) for n in range(10)]
