@@ -33,19 +33,19 @@ import numpy as np
 from PIL import Image
 
 from deepstyle_support.backend import all_finite, as_array, differentiable, import_keras, out_of_memory
-from deepstyle_support.colours import match_colours, recolour, with_colours_of
+from deepstyle_support.colours import match_colours, recolour
 from deepstyle_support.convolution import FULL, convolve
 from deepstyle_support.engine import Engine, Networks
-from deepstyle_support.images import MEAN_BGR, enlarge, from_input_space, resize, to_input_space
+from deepstyle_support.images import MEAN_BGR, enlarge, resize, to_input_space
 from deepstyle_support.lbfgs import Curvature, device_lbfgs, scipy_lbfgs
 from deepstyle_support.masks import Place, mask_on_grid, masks_at_places, opaque_at_places
 from deepstyle_support.memory import MIN_SIDE, Plan, overhead_of, plan_memory, plan_or_advice, smaller_tile
 from deepstyle_support.messages import UserError
-from deepstyle_support.pictures import Pictures, numbered, on_background, read_start, several
+from deepstyle_support.pictures import Pictures, finish, numbered, on_background, picture_sizes, read_start, several
 from deepstyle_support.reading import read_picture as read_picture
 from deepstyle_support.settings import EVALUATIONS_PER_ITERATION, Settings, for_each, weights_of_styles
 from deepstyle_support.tiles import Tile, tiles_of
-from deepstyle_support.transparency import filled, with_alpha_of
+from deepstyle_support.transparency import filled
 from deepstyle_support.vgg import CHANNELS, PICTURE, deepest, halo, stride
 from deepstyle_support.weights import Weights, load_weights
 
@@ -331,8 +331,8 @@ class Watch:
     def smaller_tiles(self, tile: int) -> None:
         """Memory ran out, and it goes on in tiles of at most so many pixels."""
 
-    def in_full(self) -> None:
-        """From here on the convolutions' factors are rounded no more, as they were until now."""
+    def goes_on_in_full(self, size: Size) -> None:
+        """At (rows, columns) the convolutions' factors are rounded no more, as they were until now."""
 
 
 # --------------------------------------------------------------------------------- objective
@@ -432,10 +432,14 @@ class Objective:
             )
         return evaluation
 
+    def is_to_switch(self, count: int) -> bool:
+        """Whether after so many evaluations factors are still rounded, and are not to be any more."""
+        return count >= self.full_from and not self.in_full
+
     def go_on_in_full(self) -> None:
         """Round the convolutions' factors no more."""
         self.in_full = True
-        self.watch.in_full()
+        self.watch.goes_on_in_full(self.size)
 
     def _in_memory(self, compute: Callable, *given: Any) -> Any:
         """compute(*given), again in smaller tiles each time that memory runs out: only the rounding differs.
@@ -563,7 +567,8 @@ class State:
     evaluations: int = 0
     partial: bool = False  # whether it is within an iteration, not at the end of one
     curvature: Callable[[], Curvature | None] = lambda: None  # what the optimiser knows here, as long as it is here
-    in_full: bool = False  # whether factors of convolutions are rounded no more, if they ever were
+    in_full: bool = False  # whether it goes on in full, where factors of convolutions were rounded before
+    rounded: int = 0  # how many of the losses were computed with rounded factors
 
     @property
     def iteration(self) -> int:
@@ -633,7 +638,7 @@ def minimise(
                 accepted = Accepted(x, evaluation, count, functools.partial(known_at, count))
                 if is_first:
                     yield accepted
-                elif count >= (iterations + 1) * EVALUATIONS_PER_ITERATION:
+                elif count >= (iterations + 1) * EVALUATIONS_PER_ITERATION and not objective.is_to_switch(count):
                     iterations, handed_over = iterations + 1, count
                     yield accepted
     except Stopped:
@@ -663,7 +668,7 @@ def rounded_then_full(
             for x, evaluation, known in points:
                 learnt = [known].pop  # which keeps it only until it is asked
                 yield x, evaluation, known
-                if count() >= objective.full_from and not objective.in_full:
+                if objective.is_to_switch(count()):
                     objective.go_on_in_full()
                     if known:
                         break
@@ -672,7 +677,9 @@ def rounded_then_full(
                     return
                 objective.go_on_in_full()
         del evaluation, known
-    yield from optimise(start=x, learnt=learnt)
+    given = [x]
+    del x  # as large as the picture
+    yield from optimise(start=given.pop(), learnt=learnt)
 
 
 ALGORITHMS: dict[str, Callable[..., Points]] = {"scipy": scipy_lbfgs, "device": device_lbfgs}
@@ -782,45 +789,6 @@ def stages_of(pictures: Pictures, settings: Settings) -> list[Stage]:
     coarse = for_each(settings.coarse_iter, len(sizes) - 1)
     counts = zip(sizes, (*coarse, settings.num_iter), strict=True)
     return [Stage(pictures, settings, size, sizes[-1], iterations) for size, iterations in counts]
-
-
-def picture_sizes(content_shape: tuple[int, ...], settings: Settings) -> list[Size]:
-    """(rows, columns) of the generated picture at each scale, the last being its full size, for a content (H, W, 3).
-
-    Raises UserError if any side is under 32.
-    """
-    sizes = []
-    scales = min(settings.scales, settings.image_size.bit_length() + 1)  # of more, the coarsest has no rows either
-    for scale in reversed(range(scales)):
-        rows = columns = settings.image_size >> scale
-        if settings.maintain_aspect_ratio:
-            columns = rows * content_shape[1] // content_shape[0]
-        sizes.append((rows, columns))
-    if min(sizes[0]) < MIN_SIDE:
-        raise UserError(
-            f"the {'coarsest' if settings.scales > 1 else 'generated'} picture would have "
-            f"{sizes[0][0]} x {sizes[0][1]} pixels, but needs at least {MIN_SIDE} on each side; raise --image_size, "
-            + ("lower --scales, " if settings.scales > 1 else "")
-            + "or set --maintain_aspect_ratio False"
-        )
-    return sizes
-
-
-def finish(x: np.ndarray, content: np.ndarray, settings: Settings, color_mask: np.ndarray | None = None) -> np.ndarray:
-    """The picture that is shown for x: rescaled, and with the content's colours where the mask is, if so set.
-
-    x: (H, W, 3) float in input space; content, color_mask: uint8 RGB at their own sizes -> uint8 RGB, or RGBA with the
-    content's alpha.
-    """
-    picture = from_input_space(x)
-    if settings.rescale_image:
-        picture = resize(picture, content.shape[:2], settings.rescale_method)
-    if settings.preserve_color == "luma":
-        # The content's chroma comes from its full size, so a rescaled picture has it sharp.
-        coloured = with_colours_of(filled(resize(content, picture.shape[:2])), picture)
-        share = 1 if color_mask is None else mask_on_grid(color_mask, picture.shape[:2])
-        picture = np.rint(share * coloured + (1 - share) * picture).astype(np.uint8)
-    return with_alpha_of(content, picture)
 
 
 def check_agreement(pictures: Pictures, settings: Settings) -> None:
@@ -943,19 +911,25 @@ def iterations_at(
     stage: Stage, objective: Objective, state: State, history: int, watch: Watch
 ) -> Generator[Iteration, None, None]:
     """The iterations of one stage, from `state` on."""
-    losses, clock = list(state.losses), time.perf_counter()
+    losses, rounded, clock = list(state.losses), state.rounded, time.perf_counter()
+    if stage.is_full and has_enough(state, stage.settings):
+        objective.full_from = 0  # the run ends in full
     points = minimise(objective, state, stage.settings.optimizer, history, watch)
     with contextlib.closing(points):  # which raises what failed, once its last point has been saved
-        if not losses:
-            losses.append(next(points).evaluation.losses)
         for accepted in points:
+            found, in_full = accepted.evaluation.losses, accepted.evaluation.in_full
+            if not losses:
+                losses, rounded = [found], int(not in_full)
+                continue
             if accepted.count == state.evaluations:
                 continue  # it is what was saved already
             seconds = time.perf_counter() - clock
-            found, number, before = accepted.evaluation.losses, len(losses), losses[-1].total
+            number, before = len(losses), losses[-1].total
             partial = accepted.count < number * EVALUATIONS_PER_ITERATION
             losses += [] if partial else [found]
-            x, improvement = as_array(accepted.x), improvement_of(before, found.total)
+            rounded = rounded if in_full or partial else len(losses)
+            x, curvature = as_array(accepted.x), accepted.curvature
+            here = State(x, tuple(losses), accepted.count, partial, curvature, in_full and objective.rounds, rounded)
             picture = stage.finished(x)
             yield Iteration(
                 number=number,
@@ -963,18 +937,16 @@ def iterations_at(
                 own_size=picture if stage.is_full else stage.own_size(x),
                 losses=found,
                 parts=accepted.evaluation.parts,
-                improvement=improvement,
+                improvement=improvement_of(before, found.total),
                 seconds=seconds,
                 is_coarse=not stage.is_full,
-                state=State(x, tuple(losses), accepted.count, partial, accepted.curvature, accepted.evaluation.in_full),
+                state=here,
             )
-            if number >= stage.iterations:
+            enough = stage.is_full and has_enough(here, stage.settings)
+            if number >= stage.iterations or (enough and objective.in_full):
                 return
-            if stage.is_full and is_enough(number, improvement, stage.settings):
-                if objective.in_full:
-                    return
-                objective.full_from = 0  # it ends in full
-            del accepted, x, picture  # as large as the picture
+            objective.full_from = 0 if enough else objective.full_from
+            del accepted, curvature, here, x, picture  # as large as the picture
             clock = time.perf_counter()
 
 
@@ -983,6 +955,14 @@ def improvement_of(before: float, loss: float) -> float:
     return 100 * (before - loss) / before if before else 0.0
 
 
-def is_enough(number: int, improvement: float, settings: Settings) -> bool:
-    """Whether iteration `number` brought less than the user's minimum; the first always brings enough."""
-    return number > 1 and improvement < settings.min_improvement
+def has_enough(state: State, settings: Settings) -> bool:
+    """Whether the state is at the end of an iteration that brought less than the user's minimum, if there is one.
+
+    The first always brings enough, and so does one that begins with rounded factors and ends in full: its two losses
+    are not to be compared.
+    """
+    number = state.iteration
+    if number < 2 or state.partial or not settings.min_improvement or state.rounded == number:
+        return False
+    before, latest = state.losses[-2:]
+    return improvement_of(before.total, latest.total) < settings.min_improvement

@@ -13,7 +13,8 @@ All contestants run one after another on the same pictures, weights and loss, ea
 
 With --until_plain ours end as soon as they have the loss of the first, the plain one; with --only some take part, by
 the names above or as `deepstyle` with flags. The clock starts when a contestant has its libraries and weights, and runs
-through its targets and compilation. A loss counts if it is that of the picture at full size. The plot needs matplotlib.
+through its targets and compilation. A loss counts if it is that of the picture at full size; with --precision mixed it
+is off by some thousandths until the last fifth of a run. The plot needs matplotlib.
 With --pictures ours leave the picture that they ended with.
 """
 
@@ -224,7 +225,10 @@ FLAGS: list[dict[str, Any]] = [
     {"init_image": "recolored"},
     {"scales": 3, "init_image": "recolored"},
     {"optimizer": "device"},
+    {"precision": "mixed"},
+    {"optimizer": "device", "precision": "mixed"},
     {"scales": 3, "coarse_iter": 3, "optimizer": "device", "history": 30},
+    {"scales": 3, "coarse_iter": 3, "optimizer": "device", "history": 30, "precision": "mixed"},
 ]
 OURS: dict[str, Callable] = {flags_in_words(flags): functools.partial(run_deepstyle, **flags) for flags in FLAGS}
 CONTESTANTS: dict[str, Callable] = {

@@ -110,11 +110,11 @@ class Outputs:
             or (files.tensorboard is not None and bool(not self.record.rows or self._rows_without_events(state.size)))
         )
 
-    def begin(self, recipe: Recipe, keeps_curvature: bool = False) -> None:
+    def begin(self, recipe: Recipe, keeps_curvature: bool = False, exact: bool = True) -> None:
         """Open all that is written besides pictures and state; what it lacks of the iterations before is made.
 
-        keeps_curvature: whether the optimiser's is written at the end. Raises UserError, status 1, if the disk does
-        not take it.
+        keeps_curvature: whether the optimiser's is written at the end; exact: whether the recipe makes the pictures
+        again, also those that come. Raises UserError, status 1, if the disk does not take it.
         """
         self._recipe, self._keeps_curvature, files = recipe, keeps_curvature, self.files
         self._events = events_path(real(files.tensorboard)) if files.tensorboard else None
@@ -129,7 +129,7 @@ class Outputs:
             if files.report:
                 inputs = self.stages[-1].pictures.named()
                 facts = facts_of(recipe, inputs, max(self.full_size), self.record.run)
-                self._begin_report(files.report, facts, start, before)
+                self._begin_report(files.report, facts, start, before, exact)
             if files.animation:
                 self._begin_animation(start, before)
 
@@ -177,7 +177,9 @@ class Outputs:
         keys = ((row, *key_of(row)) for row in self.record.logged())
         return [row for row, size, number in keys if ("" if size == full else events_group(size), number) not in found]
 
-    def _begin_report(self, path: Path, facts: dict[str, Any], start: np.ndarray, before: dict[Key, Path]) -> None:
+    def _begin_report(
+        self, path: Path, facts: dict[str, Any], start: np.ndarray, before: dict[Key, Path], exact: bool
+    ) -> None:
         """Go on with the report that is there, or begin one; its `facts` stay the same."""
         # Of many iterations a report shows some, and the others are not missing.
         keys = thinned(list(before), MAX_PICTURES, [number for _, number in before])
@@ -190,7 +192,7 @@ class Outputs:
         if self.before:
             if not shows(path, self.before):
                 self._made_up.append(path)
-            self._report.write(is_exact(before[list(before)[-1]]), goes_on=True)
+            self._report.write(exact and is_exact(before[list(before)[-1]]), goes_on=True)
 
     def _begin_animation(self, start: np.ndarray, before: dict[Key, Path]) -> None:
         """Take the pictures of the iterations before as its first frames."""

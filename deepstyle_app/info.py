@@ -8,7 +8,6 @@ import getpass
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import textwrap
@@ -80,7 +79,7 @@ def lines_of(said: dict[str, str]) -> list[str]:
     lines = []
     for name, text in said.items():
         wrapped.initial_indent = f"  {name} ".ljust(INDENT)
-        lines += wrapped.wrap(textwrap.shorten(printable(impersonal(text)), LONGEST, placeholder=" ..."))
+        lines += wrapped.wrap(textwrap.shorten(printable(impersonal(text)), LONGEST, placeholder=" ...") or "''")
     return lines
 
 
@@ -158,11 +157,12 @@ def backend() -> str:
 
 
 def device() -> str:
-    """What the backend computes on, and its own memory, if it has some; it loads the backend."""
-    from deepstyle_support.device import describe_device, gpu_memory
+    """What the backend computes on, its own memory, if it has some, and its --precision; it loads the backend."""
+    from deepstyle_support.device import describe_device, fastest_factors, gpu_memory
 
     free = gpu_memory().free
-    return describe_device() + (f", {free / 1e9:.1f} GB of it free" if free else "")
+    memory = f", {free / 1e9:.1f} GB of it free" if free else ""
+    return f"{describe_device()}{memory}; with --precision mixed convolutions in {fastest_factors()}"
 
 
 def package(name: str) -> str:
@@ -193,7 +193,8 @@ def answer_of(code: str) -> str:
     except OSError as error:
         raise UserError(f"no process can be started: {reason(error)}") from error
     if ended.returncode < 0:
-        raise UserError(f"it ends Python by {signal.Signals(-ended.returncode).name}")
+        names = {one.value: one.name for one in signal.Signals}  # not of all that there are
+        raise UserError(f"it ends Python by {names.get(-ended.returncode, f'signal {-ended.returncode}')}")
     said = (ended.stderr if ended.returncode else ended.stdout).strip().splitlines()
     if ended.returncode:
         raise UserError(said[-1] if said else f"it ends Python with status {ended.returncode}")

@@ -14,8 +14,7 @@ from deepstyle import (
     Watch,
     __version__,
     check_agreement,
-    improvement_of,
-    is_enough,
+    has_enough,
     paint,
     planned,
     saved_size,
@@ -188,8 +187,12 @@ class Painting(Watch):
         self.is_exact = False
         self.console.print(f"{self.name}out of memory: trying again in tiles of at most {tile} pixels")
 
-    def in_full(self) -> None:
-        self.console.print(f"{self.name}from here on convolutions in {FULL}")
+    def goes_on_in_full(self, size: tuple[int, int]) -> None:
+        stage = self.prepared.stages[-1]
+        # The command that makes the pictures again does not end early, and so knows nothing of this.
+        self.is_exact &= size != stage.size or not stage.settings.min_improvement
+        where = "" if size == stage.size else f"{size[0]} x {size[1]}: "
+        self.show(f"{where}from here on convolutions in {FULL}")
 
     def save(self, iteration: Iteration) -> None:
         """Save and show an iteration."""
@@ -232,7 +235,7 @@ def run(job: Job, shared: Shared | None = None, name: str = "") -> Ending:
         painting = Painting(prepared, outputs, received, name, is_shown=not shared)
         show_beginning(prepared, before, device, painting.show)
         recipe = Recipe.of(job, engine, "CPU" if engine.is_repeatable() else device)
-        outputs.begin(recipe, keeps_curvature=prepared.bytes_of_curvature > 0)
+        outputs.begin(recipe, prepared.bytes_of_curvature > 0, painting.is_exact)
         last = painting.run()
         state = before.state if before else None
         if received:
@@ -254,7 +257,8 @@ def show_beginning(prepared: Prepared, before: Saved | None, device: str, show: 
     rows, columns = full.size
     if prepared.job.resume:
         show(where_it_goes_on(before.state if before else None, full.size))
-    how = describe_precision(settings.precision, prepared.factors)
+    rounds_no_more = before and before.state.in_full and before.state.size == full.size
+    how = describe_precision(settings.precision, FULL if rounds_no_more else prepared.factors)
     show(f"painting {rows} x {columns} pixels on {device}{how}; {prepared.source}")
     show(plan.describe(settings.history))
     if settings.optimizer == "device" and not prepared.bytes_of_curvature:
@@ -268,7 +272,7 @@ def describe_precision(precision: str, factors: str) -> str:
     """How convolutions are computed, in words that follow the device's; nothing if it goes without saying."""
     if factors != FULL:
         return f", convolutions in {factors}"
-    return f", which multiplies nothing faster than {FULL}" if precision == "mixed" else ""
+    return f", convolutions in {FULL}" if precision == "mixed" else ""
 
 
 def end_at_once(prepared: Prepared, outputs: Outputs, why: str) -> Ending:
@@ -293,11 +297,9 @@ def why_nothing_to_do(before: Saved, prepared: Prepared) -> str:
         return ""
     if state.iteration >= settings.num_iter:
         return f"{state.iteration} iterations are done; a larger --num_iter goes on from there"
-    if state.iteration and not state.partial and (state.in_full or prepared.factors == FULL):
-        earlier, latest = (losses.total for losses in state.losses[-2:])
-        if is_enough(state.iteration, improvement_of(earlier, latest), settings):
-            least = f"the last iteration improved by less than {settings.min_improvement} %"
-            return f"{least}; a smaller --min_improvement goes on from there"
+    if has_enough(state, settings) and (state.in_full or prepared.factors == FULL):
+        least = f"the last iteration improved by less than {settings.min_improvement} %"
+        return f"{least}; a smaller --min_improvement goes on from there"
     return ""
 
 
@@ -310,6 +312,6 @@ def why_early(last: Iteration | None, done: int, settings: Settings) -> str:
     if last and not last.state.partial:
         if number >= settings.num_iter:
             return ""
-        if is_enough(number, last.improvement, settings):
+        if has_enough(last.state, settings):
             return f"stopped: the last iteration improved by less than {settings.min_improvement} %"
     return "stopped: the optimiser finds no better picture than the last"

@@ -85,7 +85,7 @@ def write_state(path: Path, base: Path, saved: Saved, record: Record, curvature:
     state = saved.state
     contents: dict[str, Any] = {"x": np.asarray(state.x, np.float32), "losses": np.array(state.losses)}
     contents |= {"iteration": state.iteration, "evaluations": state.evaluations, "partial": state.partial}
-    contents |= {"in_full": state.in_full}
+    contents |= {"in_full": state.in_full, "rounded": state.rounded}
     folder = base.parent
     extras = [
         str(extra.relative_to(folder) if extra.is_relative_to(folder) else extra) for extra in record.extras or []
@@ -129,8 +129,8 @@ def saved_in(file: Mapping[str, np.ndarray], path: Path) -> Saved:
     has_curvature = "by_gradient" in file
     curvature = functools.partial(read_curvature, path) if has_curvature else lambda: None
     way = str(file["way"]) if has_curvature else ""
-    in_full = bool(file["in_full"]) if "in_full" in file else False  # neither did it round anything
-    state = State(file["x"], losses, evaluations, partial, curvature, in_full)
+    in_full, rounded = (int(file[name]) if name in file else 0 for name in ("in_full", "rounded"))  # it rounded nothing
+    state = State(file["x"], losses, evaluations, partial, curvature, bool(in_full), rounded)
     return Saved(state, json.loads(str(file["shaped_by"])), way)
 
 

@@ -68,7 +68,10 @@ class WorkersEngine(Engine):
             while not self._factors:
                 if self.crew.free and not self.crew.is_working():
                     self.crew.submit("factors", "fastest_factors")
-                if (done := self.crew.next_done()) and not done.died:
+                done = self.crew.next_done()
+                if done and isinstance(done.result, Exception):
+                    raise done.result
+                if done and not done.died:
                     self._factors = done.result
         return self._factors
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -158,7 +159,8 @@ def gpu_multiplies_bfloat16() -> bool:
     if backend == "torch":
         import torch
 
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        # AMD's that PyTorch supports have them.
+        return torch.cuda.is_available() and (bool(torch.version.hip) or torch.cuda.get_device_capability() >= (8, 0))
     if backend == "tensorflow":
         import tensorflow as tf
 
@@ -167,5 +169,6 @@ def gpu_multiplies_bfloat16() -> bool:
         return details.get("compute_capability", (0, 0)) >= (8, 0)
     import jax
 
-    device = jax.devices()[0]  # a TPU has nothing else
-    return device.platform == "tpu" or float(getattr(device, "compute_capability", 0)) >= 8
+    device = jax.devices()[0]
+    capability = re.match(r"\d+", str(getattr(device, "compute_capability", "")))  # of AMD's it is a name
+    return device.platform == "tpu" or (capability is not None and int(capability[0]) >= 8)

@@ -147,6 +147,7 @@ def device_lbfgs(
     is. Then it ends by itself only when two line searches in a row have found nothing.
     """
     x, fruitless = import_keras().ops.convert_to_tensor(start, "float32"), 0
+    del start  # as large as the picture
     evaluation = evaluate(x)
     curvature = (learnt() or Curvature()).newest(history).seen_from(evaluation.gradient, history)
     while fruitless < 2:

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from .bands import bands
-from .images import resize
-from .masks import shows, whitened
+from .colours import with_colours_of
+from .images import from_input_space, resize
+from .masks import mask_on_grid, shows, whitened
+from .memory import MIN_SIDE
 from .messages import UserError, require_choice
 from .reading import read_picture
 from .settings import Settings
-from .transparency import alpha_of, on_colour
+from .transparency import alpha_of, filled, on_colour, with_alpha_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,3 +131,42 @@ def read_start(
     if not os.path.exists(settings.init_image):
         require_choice("--init_image", settings.init_image, (*known, "a picture's path"))
     return on_colour(read(settings.init_image), settings.background)
+
+
+def picture_sizes(content_shape: tuple[int, ...], settings: Settings) -> list[tuple[int, int]]:
+    """(rows, columns) of the generated picture at each scale, the last being its full size, for a content (H, W, 3).
+
+    Raises UserError if any side is under 32.
+    """
+    sizes = []
+    scales = min(settings.scales, settings.image_size.bit_length() + 1)  # of more, the coarsest has no rows either
+    for scale in reversed(range(scales)):
+        rows = columns = settings.image_size >> scale
+        if settings.maintain_aspect_ratio:
+            columns = rows * content_shape[1] // content_shape[0]
+        sizes.append((rows, columns))
+    if min(sizes[0]) < MIN_SIDE:
+        raise UserError(
+            f"the {'coarsest' if settings.scales > 1 else 'generated'} picture would have "
+            f"{sizes[0][0]} x {sizes[0][1]} pixels, but needs at least {MIN_SIDE} on each side; raise --image_size, "
+            + ("lower --scales, " if settings.scales > 1 else "")
+            + "or set --maintain_aspect_ratio False"
+        )
+    return sizes
+
+
+def finish(x: np.ndarray, content: np.ndarray, settings: Settings, color_mask: np.ndarray | None = None) -> np.ndarray:
+    """The picture that is shown for x: rescaled, and with the content's colours where the mask is, if so set.
+
+    x: (H, W, 3) float in input space; content, color_mask: uint8 RGB at their own sizes -> uint8 RGB, or RGBA with the
+    content's alpha.
+    """
+    picture = from_input_space(x)
+    if settings.rescale_image:
+        picture = resize(picture, content.shape[:2], settings.rescale_method)
+    if settings.preserve_color == "luma":
+        # The content's chroma comes from its full size, so a rescaled picture has it sharp.
+        coloured = with_colours_of(filled(resize(content, picture.shape[:2])), picture)
+        share = 1 if color_mask is None else mask_on_grid(color_mask, picture.shape[:2])
+        picture = np.rint(share * coloured + (1 - share) * picture).astype(np.uint8)
+    return with_alpha_of(content, picture)

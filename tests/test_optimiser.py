@@ -226,10 +226,15 @@ def test_iterations_asked_for_are_run_and_their_numbers_agree(untrained):
 
 def test_min_improvement_stops_a_run_but_never_after_the_first_iteration(untrained):
     assert len(small_run(untrained, num_iter=4, min_improvement=99.999)) == 2
-    assert not deepstyle.is_enough(1, -5.0, Settings(min_improvement=50))
-    assert deepstyle.is_enough(2, 49.9, Settings(min_improvement=50))
-    assert not deepstyle.is_enough(2, 50.0, Settings(min_improvement=50))
-    assert not deepstyle.is_enough(9, 0.0, Settings(min_improvement=0.0))
+    start = deepstyle.Losses(100.0, 0.0, 0.0, 100.0)
+    for losses, least, is_enough in [
+        ((100, 105), 50, False),
+        ((100, 100, 50.1), 50, True),
+        ((100, 100, 50), 50, False),
+        ((100, 100, 100), 0, False),
+    ]:
+        state = deepstyle.State(np.zeros((32, 32, 3)), tuple(start._replace(total=total) for total in losses))
+        assert deepstyle.has_enough(state, Settings(min_improvement=least)) == is_enough
 
 
 def test_seed_decides_the_noise(untrained):

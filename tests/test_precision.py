@@ -94,7 +94,7 @@ class Switches(Recorder):
         super().__init__(most)
         self.switched = []
 
-    def in_full(self):
+    def goes_on_in_full(self, size):
         self.switched.append(len(self.seen))
 
 
@@ -130,8 +130,26 @@ def test_a_coarse_size_is_rounded_to_its_end(untrained, has_unit):
 def test_an_end_by_improvement_comes_in_full(untrained, has_unit):
     iterations, _ = painted(untrained, num_iter=50, min_improvement=20.0)
     assert len(iterations) < 10
-    assert [iteration.state.in_full for iteration in iterations[-2:]] == [False, True]
+    # In the last but one its two losses were computed in two ways: the end is judged by the last.
+    assert [iteration.state.in_full for iteration in iterations[-3:]] == [False, True, True]
     assert iterations[-1].loss == pytest.approx(loss_in_full(untrained, iterations[-1].state.x), rel=1e-5)
+    for number in (-3, -2):  # as when a run is stopped there
+        again, _ = painted(untrained, iterations[number].state, num_iter=50, min_improvement=20.0)
+        assert [iteration.loss for iteration in again] == [iteration.loss for iteration in iterations[number + 1 :]]
+
+
+def test_the_switch_ends_no_run_though_the_loss_in_full_is_higher():
+    losses = [deepstyle.Losses(total, 0.0, 0.0, total) for total in (4.0, 3.0, 2.0, 1.0, 1.1)]  # the last in full
+    state = State(np.zeros((32, 32, 3)), tuple(losses), rounded=4)
+    assert not deepstyle.has_enough(state, Settings())
+    assert not deepstyle.has_enough(state, Settings(min_improvement=1.0))
+    assert deepstyle.has_enough(dataclasses.replace(state, rounded=0), Settings(min_improvement=1.0))
+
+
+def test_even_a_single_iteration_ends_in_full(untrained, has_unit):
+    (only,), watch = painted(untrained, num_iter=1)
+    assert len(watch.switched) == 1
+    assert only.loss == pytest.approx(loss_in_full(untrained, only.state.x), rel=1e-5)
 
 
 class Rough:
@@ -167,14 +185,15 @@ def test_where_rounding_stands_in_the_way_it_goes_on_in_full(optimizer):
     assert points[-1].evaluation.in_full
 
 
-@pytest.mark.parametrize("stop_at", [30, 60, 81, 90])
-def test_a_run_that_goes_on_knows_in_which_precision_it_was(untrained, has_unit, stop_at):
+@pytest.mark.parametrize("after", [-50, -1, 0, 1, 2, 8])
+def test_a_run_that_goes_on_knows_in_which_precision_it_was(untrained, has_unit, after):
     unbroken, watch = painted(untrained)
-    first, _ = painted(untrained, most=stop_at)
+    first, _ = painted(untrained, most=watch.switched[0] + after)
     state = first[-1].state
     arrays = lbfgs.to_arrays(state.curvature())
     second, again = painted(untrained, dataclasses.replace(state, curvature=lambda: lbfgs.from_arrays(arrays)))
-    assert state.in_full == (not again.switched) == (stop_at > watch.switched[0])
+    assert state.in_full == (not again.switched) == (after > 0)
+    assert second[-1].number == 5
     by_number = {iteration.number: iteration for iteration in unbroken}
     for iteration in second:
         np.testing.assert_array_equal(iteration.state.x, by_number[iteration.number].state.x)
@@ -197,7 +216,7 @@ def test_the_command_says_what_is_rounded_and_until_when(picture_files, tmp_path
     ]
 
 
-@pytest.mark.parametrize(("flags", "said"), [("mixed", "tensorflow, which multiplies nothing faster than float32; "),
+@pytest.mark.parametrize(("flags", "said"), [("mixed", "tensorflow, convolutions in float32; "),
                                              ("auto", "tensorflow; "), ("full", "tensorflow; ")])  # fmt: skip
 def test_a_device_without_such_a_unit_computes_in_full(picture_files, tmp_path, has_none, capsys, flags, said):
     assert run(picture_files, tmp_path / "a", "--precision", flags) == 0
@@ -219,8 +238,11 @@ def test_a_pictures_text_has_the_flag_that_makes_it_again(picture_files, tmp_pat
 
 def test_resume_to_another_end_is_not_called_exact(picture_files, tmp_path, has_unit, capsys):
     assert run(picture_files, tmp_path / "a", *FLAGS, "--num_iter", 2) == 0
+    capsys.readouterr()
     assert run(picture_files, tmp_path / "a", *FLAGS, "--num_iter", 3, "--resume") == 0
-    assert "from here on" not in capsys.readouterr().out.splitlines()[-1]  # it was in full already, and stays so
+    said = capsys.readouterr().out
+    assert "bfloat16" not in said  # it was in full already, and stays so
+    assert "from here on" not in said
     assert "comes close to it" in describe(tmp_path / "a_at_iteration_3.png", capsys)
 
 
