@@ -197,7 +197,9 @@ def read_weights(path: Path, model: str = "vgg16") -> Weights:
     else:
         digest, genuine = hashlib.md5(data).hexdigest(), KERAS_MD5[model]
     if digest != genuine:
-        raise Damaged(f"'{path}' does not hold {model.upper()}'s ImageNet weights: {DIGEST[model]} {digest}, not {genuine}")
+        raise Damaged(
+            f"'{path}' does not hold {model.upper()}'s ImageNet weights: {DIGEST[model]} {digest}, not {genuine}"
+        )
     return weights
 
 
