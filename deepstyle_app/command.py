@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as ending:  # --help and --version
         return int(ending.code or 0)
     except KeyboardInterrupt:
-        notify("interrupted; the same command with --resume goes on from what is saved")
+        notify("interrupted; the same command begins again, and with --resume goes on from what is saved")
         return 130
     except Exception as error:
         notify(f"error: {describe_error(error, debug)}")
