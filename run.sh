@@ -34,7 +34,7 @@ while [ -L "$self" ]; do
 done
 here=$(CDPATH='' cd -- "$(dirname -- "$self")" && pwd)
 venv=$here/.venv
-unfinished=$here/.venv-unfinished # there while an installation is under way
+unfinished=$here/.venv-unfinished # there while an installation is under way: what it has said
 
 # The interpreter in the environment $1; on Windows (Git Bash) it is in Scripts.
 interpreter_of() {
@@ -82,26 +82,73 @@ venv_is_ready() {
 origin() { "$1" -c 'import sys; print(sys.base_prefix)' 2>/dev/null; }
 
 install_packages() {
-    if [ -e "$unfinished" ]; then say "an earlier installation was interrupted; it is done again"; fi
-    say "installing what deepstyle needs into $venv (once; it takes a few minutes)"
+    if [ -n "$missing" ]; then # better said before the minutes that this takes
+        say "there is no picture '$missing', neither as given nor in images/"
+        exit 2
+    fi
+    say "installing what deepstyle needs, once: a few minutes, over 2 GB on the disk"
     clear=
     if [ -e "$unfinished" ] || [ -n "${DEEPSTYLE_PYTHON:-}" ] || ! [ -x "$(interpreter_of "$venv")" ]; then clear=--clear; fi
-    : >"$unfinished"
-    "$base" -m venv $clear "$venv" || {
+    trap 'say "interrupted; the same command installs it again"; exit 130' INT
+    "$base" -m venv $clear "$venv" >"$unfinished" 2>&1 || {
         say "'$base -m venv' failed; on Debian and Ubuntu: apt install python3-venv"
+        say "what it said is in $unfinished"
         exit 1
     }
     # On a machine with an NVIDIA GPU, TensorFlow's extra brings the CUDA libraries it needs.
     extra=
     if nvidia-smi >/dev/null 2>&1; then extra='[and-cuda]'; fi
     sed "s/^tensorflow/&$extra/" "$here/requirements.txt" >"$venv/requirements.txt"
-    "$(interpreter_of "$venv")" -m pip install --quiet --disable-pip-version-check \
-        -r "$venv/requirements.txt" >&2 || {
-        say "the installation failed (see above); the same command tries it again"
+    { pip_install 2>&1 || printf '%s\n' "$pip_failed"; } | follow_pip || {
+        say "the installation failed: $(why_pip_failed)"
+        say "all that pip said is in $unfinished"
+        say "the same command tries it again"
         exit 1
     }
+    trap - INT
     rm -f "$unfinished"
-    say "installed"
+    say "installed in $venv"
+}
+
+pip_failed='pip has failed' # a line behind those of pip
+pip_install() {
+    "$(interpreter_of "$venv")" -m pip install --progress-bar off --no-color --disable-pip-version-check \
+        -r "$venv/requirements.txt"
+}
+
+# Keeps pip's lines in $unfinished. A terminal sees what it is at, in a line that changes.
+follow_pip() {
+    trap '' INT # pip ends, and then this
+    status=0 shows=
+    if [ -t 2 ] && [ "${TERM:-dumb}" != dumb ]; then shows=yes; fi
+    while IFS= read -r line; do
+        printf '%s\n' "$line" >>"$unfinished"
+        case $line in
+            "$pip_failed") status=1 ;;
+            *Downloading*' ('*) # a file's name, or all of its address
+                file=${line##*Downloading }
+                file=${file%% *}
+                file=${file##*/}
+                show_step "fetching ${file%%-*} (${line##*(}"
+                ;;
+            'Installing collected packages:'*) show_step "unpacking, for a minute or two" ;;
+        esac
+    done
+    show_step ''
+    return $status
+}
+
+# Replaces the line that changes; with nothing, takes it away.
+show_step() {
+    if [ -n "$shows" ]; then printf '\r\033[K%s' "${1:+run.sh: $1}" >&2; fi
+}
+
+why_pip_failed() {
+    if grep -q 'Retrying (' "$unfinished" && grep -q 'from versions: none' "$unfinished"; then
+        printf '%s\n' "the package index cannot be reached"
+    else
+        grep -i '^error' "$unfinished" | tail -n 1
+    fi
 }
 
 # Sets $python, if it can: an interpreter other than .venv's that has the packages.
@@ -136,10 +183,14 @@ find_picture() {
     if [ ! -e "$1" ] && [ -f "$here/images/$1" ]; then picture=$here/images/$1; fi
 }
 
+# Sets $missing, unless $picture is there.
+need_picture() {
+    if [ ! -e "$picture" ]; then missing=$picture; fi
+}
+
 is_flag() { case $1 in -*) true ;; *) false ;; esac; }
 
-wrong_arguments() { usage >&2; exit 2; }
-
+missing= # a picture that is not there
 case ${1:-} in
     --setup) find_python; printf '%s\n' "$python"; exit ;;
     --info) find_python_as_it_is; exec "$python" "$here/deepstyle.py" "$@" ;;
@@ -150,7 +201,13 @@ for argument; do
     if is_flag "$argument"; then break; fi
     given=$((given + 1))
 done
-if [ $given -lt 2 ]; then wrong_arguments; fi
+if [ $# -eq 0 ]; then
+    usage >&2
+    exit 2
+elif [ $given -lt 2 ]; then
+    say "name two pictures, CONTENT and STYLE, before any flags; 'sh run.sh --help' says more"
+    exit 2
+fi
 # Every argument moves to the end of the list, as it is passed on: then all are in their order again.
 number=0
 for argument; do
@@ -160,6 +217,7 @@ for argument; do
     if [ $number -gt $given ]; then
         set -- "$@" "$argument"
     elif [ $number -le 2 ] || [ $number -lt $given ]; then
+        need_picture
         set -- "$@" "$picture"
     elif [ -f "$picture" ]; then
         say "'$argument' is a file, not a folder; behind several styles name OUTDIR"

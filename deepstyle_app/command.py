@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import itertools
 import sys
@@ -24,7 +25,13 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors raised for `main` to show in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{message}{self.nearest_flag(message)} (see --help)")
+
+    def nearest_flag(self, message: str) -> str:
+        """What may have been meant by the first flag that there is not."""
+        unknown, flags = message.removeprefix("unrecognized arguments: "), self._option_string_actions
+        nearest = difflib.get_close_matches(unknown.split()[0], flags, n=1) if unknown != message else []
+        return f"; did you mean {nearest[0]}?" if nearest else ""
 
     def _print_message(self, message: str, file: object = None) -> None:  # --help and --version have no other way
         answer(message.rstrip("\n"))
@@ -148,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as ending:  # --help and --version
         return int(ending.code or 0)
     except KeyboardInterrupt:
-        notify("interrupted; the same command with --resume goes on from what is saved")
+        notify("interrupted; the same command begins again, and with --resume goes on from what is saved")
         return 130
     except Exception as error:
         notify(f"error: {describe_error(error, debug)}")

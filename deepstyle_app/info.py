@@ -8,6 +8,7 @@ import getpass
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import textwrap

