@@ -10,7 +10,14 @@ from typing import Any, NoReturn
 
 from deepstyle import __version__
 from deepstyle_support.messages import Stream, UserError, answer, as_typed, describe_error, notify, require_choice
-from deepstyle_support.settings import PRESETS, TIMES_OF_PRESETS, Settings, preset_in_words
+from deepstyle_support.settings import (
+    IN_ALL_PRESETS,
+    OF_EACH_PRESET,
+    PRESETS,
+    TIMES_OF_PRESETS,
+    Settings,
+    flags_in_words,
+)
 from deepstyle_support.values import ON_OFF, name_of, value_of
 
 from .folder import is_many, run_many
@@ -68,8 +75,11 @@ def command_line() -> Parser:
     parser.add_argument("style", metavar="STYLE", nargs="+", help="the style's picture, or a folder of them")
     parser.add_argument("prefix", metavar="PREFIX", help="pictures are PREFIX_at_iteration_N.png; or a folder")
     group = parser.add_argument_group("looks by name, as defaults for the flags below")
-    looks = (f"{name}: {preset_in_words(name)}, in about {time}" for name, time in TIMES_OF_PRESETS.items())
-    group.add_argument("--preset", metavar="NAME", help=f"{'; '.join(looks)} of the default's time")
+    looks = (
+        f"{name}: {flags_in_words(own)}, in about {TIMES_OF_PRESETS[name]}" for name, own in OF_EACH_PRESET.items()
+    )
+    help_text = f"{'; '.join(looks)} of the default's time; all of them: {flags_in_words(IN_ALL_PRESETS)}"
+    group.add_argument("--preset", metavar="NAME", help=help_text)
     for title, members in itertools.groupby(dataclasses.fields(Settings), lambda field: field.metadata["group"]):
         group = parser.add_argument_group(title)
         for field in members:
@@ -136,7 +146,7 @@ def job_of(argv: list[str] | None) -> Job:
     try:
         settings = Settings(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(Settings)})
     except UserError as error:
-        of_preset = f" (--preset {preset} stands for {preset_in_words(preset)})" if preset else ""
+        of_preset = f" (--preset {preset} stands for {flags_in_words(PRESETS[preset])})" if preset else ""
         raise UserError(f"{error}{of_preset}") from error
     for name in ("describe", "info", "preset"):  # which have ended the program, or have done what they are for
         arguments.pop(name)

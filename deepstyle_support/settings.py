@@ -174,25 +174,20 @@ class Settings:
 
 
 # Looks by name: what --preset stands for, by the names of settings. Flags that are given count more.
-PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"image_size": 200, "init_image": "recolored", "padding": "edge", "scales": 2, "num_iter": 1},
-    "good": {"init_image": "recolored", "padding": "edge", "scales": 2, "num_iter": 3},
-    "print": {
-        "image_size": 800,
-        "init_image": "recolored",
-        "padding": "edge",
-        "scales": 3,
-        "coarse_iter": (5, 3),
-        "num_iter": 1,
-    },
+IN_ALL_PRESETS = {"init_image": "recolored", "padding": "edge", "optimizer": "device", "precision": "auto"}
+OF_EACH_PRESET: dict[str, dict[str, Any]] = {
+    "quick": {"image_size": 200, "scales": 2, "num_iter": 1},
+    "good": {"scales": 2, "num_iter": 3},
+    "print": {"image_size": 800, "scales": 3, "coarse_iter": (5, 3), "num_iter": 1},
 }
+PRESETS = {name: IN_ALL_PRESETS | own for name, own in OF_EACH_PRESET.items()}
 # Of the time that the defaults take, by evaluations and their pixels.
 TIMES_OF_PRESETS = {"quick": "a tenth", "good": "half", "print": "four fifths"}
 
 
-def preset_in_words(name: str) -> str:
-    """The flags that a preset stands for."""
-    return " ".join(f"--{flag} {as_typed(value)}" for flag, value in PRESETS[name].items())
+def flags_in_words(settings: dict[str, Any]) -> str:
+    """The flags that stand for these settings."""
+    return " ".join(f"--{flag} {as_typed(value)}" for flag, value in settings.items())
 
 
 def layers_named(flag: str, names: tuple[str, ...], model: str) -> tuple[str, ...]:

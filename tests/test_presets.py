@@ -30,8 +30,9 @@ def test_every_preset_is_told_by_the_help_with_its_flags_and_its_time(capsys, mo
     shown = " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 80
     assert PRESETS.keys() == TIMES_OF_PRESETS.keys()
-    assert "quick: --image_size 200 --init_image recolored --padding edge --scales 2 --num_iter 1, in about a" in shown
-    assert "--scales 3 --coarse_iter 5 3 --num_iter 1, in about four fifths of the default's time" in shown
+    assert "quick: --image_size 200 --scales 2 --num_iter 1, in about " in shown
+    assert f"--num_iter 1, in about {TIMES_OF_PRESETS['print']} of the default's time" in shown
+    assert "all of them: --init_image recolored --padding edge --optimizer device --precision auto" in shown
 
 
 def test_without_a_preset_the_defaults_are_as_ever():
@@ -62,7 +63,7 @@ def test_what_does_not_go_with_a_preset_is_told_with_what_it_stands_for(capsys):
     assert main(["c.png", "s.png", "out", "--preset", "print", "--scales", "2"]) == 2
     said = capsys.readouterr().err
     assert "--coarse_iter has 2 numbers (5 3); with --scales 2" in said
-    assert "(--preset print stands for --image_size 800 " in said
+    assert "(--preset print stands for --init_image recolored " in said
     assert said.count("\n") == 1
 
 
