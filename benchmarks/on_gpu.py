@@ -7,7 +7,8 @@ For each of TensorFlow, JAX and PyTorch that is installed, each measurement in a
 
 - exact: the error of the loss and of the gradient's slope in three directions against the tests' float64 NumPy oracle,
   in full float32 as deepstyle computes and with TF32, and how far the two gradients differ;
-- tf32, with rows: how much of an evaluation's seconds it takes with TF32;
+- rounded, with rows: how much of an evaluation's seconds it takes with TF32, and with --precision mixed, and how far
+  the gradients are off;
 - size, with rows, tile (0: as a whole) and optimiser: seconds of an evaluation, the optimiser's share of them, and the
   peak of memory on the GPU and here, beside what is planned; at the first size also of two runs that share the GPU.
 
@@ -36,7 +37,7 @@ sys.path.insert(0, str(FOLDER / "tests"))
 import oracle  # noqa: E402, it is not installed but lies in tests/
 
 import deepstyle  # noqa: E402
-from deepstyle_support.backend import import_keras  # noqa: E402
+from deepstyle_support.backend import as_array, import_keras  # noqa: E402
 from deepstyle_support.device import describe_device, gpu_memory  # noqa: E402
 from deepstyle_support.engine import Engine  # noqa: E402
 from deepstyle_support.images import resize, to_input_space  # noqa: E402
@@ -97,28 +98,33 @@ def exact(weights: Weights) -> dict[str, Any]:
     in_full = deepstyle.Objective(content, style, weights=weights)(x)
     device = describe_device()
     with_tf32()
-    rounded = deepstyle.Objective(content, style, weights=weights)(x)
-    difference = np.linalg.norm(rounded[1] - in_full[1]) / np.linalg.norm(in_full[1])
-    full, tf32 = errors(*in_full), errors(*rounded)
+    in_tf32 = deepstyle.Objective(content, style, weights=weights)(x)
+    difference = np.linalg.norm(in_tf32[1] - in_full[1]) / np.linalg.norm(in_full[1])
+    full, tf32 = errors(*in_full), errors(*in_tf32)
     return {"device": device, "errors": full, "errors_tf32": tf32, "gradient_difference_tf32": float(difference)}
 
 
-def tf32(weights: Weights, rows: int) -> dict[str, Any]:
-    """Seconds of an evaluation of the whole picture, as deepstyle computes and with TF32."""
+def rounded(weights: Weights, rows: int) -> dict[str, Any]:
+    """Of an evaluation of the whole picture, in full, mixed and with TF32: seconds, and the gradient's relative error."""
     content, style = pictures(rows)
     x = import_keras().ops.convert_to_tensor(to_input_space(content))
-    objective = deepstyle.Objective(content, style, weights=weights)
+    gradients = []
 
-    def seconds() -> float:
+    def seconds(precision: str = "full") -> float:
+        objective = deepstyle.Objective(content, style, weights=weights, precision=precision)
         took: list[float] = []
         evaluate = timed(objective.evaluate, took)
         for _ in range(EVALUATIONS):
-            evaluate(x)
+            evaluation = evaluate(x)
+        gradients.append(as_array(evaluation.gradient))
         return statistics.median(took[1:])
 
-    in_full = seconds()
+    found = {"seconds": seconds(), "seconds_mixed": seconds("mixed")}
     with_tf32()
-    return {"seconds": in_full, "seconds_tf32": seconds()}
+    found["seconds_tf32"] = seconds()
+    for name, gradient in zip(("mixed", "tf32"), gradients[1:], strict=True):
+        found[f"gradient_error_{name}"] = float(np.linalg.norm(gradient - gradients[0]) / np.linalg.norm(gradients[0]))
+    return found
 
 
 def peak_on_gpu() -> float:
@@ -240,9 +246,11 @@ def show(row: dict[str, Any]) -> None:
             f"{row['device']}: errors of the loss {loss:.1e}, of slopes {slope:.1e}; with TF32 {loss_tf32:.1e}, "
             f"{slope_tf32:.1e}, and the gradient differs by {row['gradient_difference_tf32']:.1e}"
         )
-    elif row["asked"][0] == "tf32":
-        in_full, rounded = row["seconds"], row["seconds_tf32"]
-        said = f"{in_full:.4f} s an evaluation, with TF32 {rounded:.4f} s: {rounded / in_full:.2f} of it"
+    elif row["asked"][0] == "rounded":
+        said = f"{row['seconds']:.4f} s an evaluation in full" + "".join(
+            f"; {name} {row[f'seconds_{name}'] / row['seconds']:.2f} of it, gradient off by {row[f'gradient_error_{name}']:.1e}"
+            for name in ("mixed", "tf32")
+        )
     else:
         share = f", optimiser {row['optimiser_share']:.0%}"
         gigabytes = {name: row[name] / 1e9 for name in ("gpu_peak", "gpu_planned", "gpu_free", "peak", "planned")}
@@ -261,8 +269,8 @@ def measure(asked: list[str], weights: str) -> dict[str, Any]:
     kind, *given = asked
     if kind == "exact":
         found = exact(tensors)
-    elif kind == "tf32":
-        found = tf32(tensors, int(given[0]))
+    elif kind == "rounded":
+        found = rounded(tensors, int(given[0]))
     else:
         found = size(tensors, int(given[0]), int(given[1]), given[2])
     return found | {"weights": source}
@@ -291,7 +299,7 @@ def main() -> int:
         for backend, tile, optimiser in itertools.product(there, tiles, ("scipy", "device")):
             jobs.run(backend, "size", rows, tile, optimiser)
         for backend in there:
-            jobs.run(backend, "tf32", rows)
+            jobs.run(backend, "rounded", rows)
         if rows == arguments.rows[0]:
             for backend in there:
                 jobs.run(backend, "size", rows, 0, "scipy", at_once=2)

@@ -14,7 +14,7 @@ All contestants run one after another on the same pictures, weights and loss, ea
 With --until_plain ours end as soon as they have the loss of the first, the plain one; with --only some take part, by
 the names above or as `deepstyle` with flags. The clock starts when a contestant has its libraries and weights, and runs
 through its targets and compilation. A loss counts if it is that of the picture at full size; with --precision mixed it
-is off by some thousandths until the last fifth of a run. The plot needs matplotlib.
+is off by some thousandths until the last part of a run. The plot needs matplotlib.
 With --pictures ours leave the picture that they ended with.
 """
 

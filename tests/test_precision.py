@@ -113,8 +113,8 @@ def loss_in_full(untrained, x):
 def test_a_run_ends_in_full_so_that_its_last_loss_is_the_true_one(untrained, has_unit, optimizer):
     iterations, watch = painted(untrained, optimizer=optimizer)
     (switch,) = watch.switched
-    assert 0.8 * 100 <= switch < 0.8 * 100 + 20  # at the first point that is accepted then
-    assert [iteration.state.in_full for iteration in iterations] == [False, False, False, False, True]
+    assert 50 <= switch < 60  # at the first point that is accepted after half of the evaluations
+    assert [iteration.state.in_full for iteration in iterations] == [False, False, True, True, True]
     true = [loss_in_full(untrained, iteration.state.x) for iteration in iterations]
     assert iterations[-1].loss == pytest.approx(true[-1], rel=1e-5)
     assert iterations[0].loss != pytest.approx(true[0], rel=1e-5)  # rounded, and so seen to be
@@ -123,7 +123,7 @@ def test_a_run_ends_in_full_so_that_its_last_loss_is_the_true_one(untrained, has
 
 def test_a_coarse_size_is_rounded_to_its_end(untrained, has_unit):
     iterations, watch = painted(untrained, image_size=64, scales=2, coarse_iter=2, num_iter=2)
-    assert [iteration.state.in_full for iteration in iterations] == [False, False, False, True]
+    assert [iteration.state.in_full for iteration in iterations] == [False, False, True, True]
     assert len(watch.switched) == 1
 
 
@@ -185,7 +185,7 @@ def test_where_rounding_stands_in_the_way_it_goes_on_in_full(optimizer):
     assert points[-1].evaluation.in_full
 
 
-@pytest.mark.parametrize("after", [-50, -1, 0, 1, 2, 8])
+@pytest.mark.parametrize("after", [-30, -1, 0, 1, 2, 8])
 def test_a_run_that_goes_on_knows_in_which_precision_it_was(untrained, has_unit, after):
     unbroken, watch = painted(untrained)
     first, _ = painted(untrained, most=watch.switched[0] + after)
@@ -210,8 +210,8 @@ def test_the_command_says_what_is_rounded_and_until_when(picture_files, tmp_path
     first, *lines = capsys.readouterr().out.splitlines()
     assert " with tensorflow, convolutions in bfloat16; " in first
     assert [line.split(":")[0] for line in lines[1:]] == [
-        "iteration 1/2",
         "from here on convolutions in float32",
+        "iteration 1/2",
         "iteration 2/2",
     ]
 
