@@ -105,7 +105,7 @@ def exact(weights: Weights) -> dict[str, Any]:
 
 
 def rounded(weights: Weights, rows: int) -> dict[str, Any]:
-    """Of an evaluation of the whole picture, in full, mixed and with TF32: seconds, and the gradient's relative error."""
+    """Of an evaluation of the whole picture, in full, mixed and with TF32: seconds, and the gradient's error."""
     content, style = pictures(rows)
     x = import_keras().ops.convert_to_tensor(to_input_space(content))
     gradients = []
@@ -247,10 +247,10 @@ def show(row: dict[str, Any]) -> None:
             f"{slope_tf32:.1e}, and the gradient differs by {row['gradient_difference_tf32']:.1e}"
         )
     elif row["asked"][0] == "rounded":
-        said = f"{row['seconds']:.4f} s an evaluation in full" + "".join(
-            f"; {name} {row[f'seconds_{name}'] / row['seconds']:.2f} of it, gradient off by {row[f'gradient_error_{name}']:.1e}"
-            for name in ("mixed", "tf32")
-        )
+        said = f"{row['seconds']:.4f} s an evaluation in full"
+        for name in ("mixed", "tf32"):
+            share, error = row[f"seconds_{name}"] / row["seconds"], row[f"gradient_error_{name}"]
+            said += f"; {name} {share:.2f} of it, gradient off by {error:.1e}"
     else:
         share = f", optimiser {row['optimiser_share']:.0%}"
         gigabytes = {name: row[name] / 1e9 for name in ("gpu_peak", "gpu_planned", "gpu_free", "peak", "planned")}
