@@ -366,6 +366,9 @@ class Objective:
     runs out it goes on in smaller tiles. Raises UserError for a bad option.
     """
 
+    rounds, in_full = False, True  # whether factors of convolutions are rounded at first, and whether not at present
+    full_from = math.inf  # the evaluations after which they are not any more
+
     def __init__(
         self,
         content: np.ndarray,
@@ -381,14 +384,13 @@ class Objective:
         if not isinstance(weights, dict):
             weights, _ = load_weights(settings.weights, settings.seed, settings.model)
         engine = Engine(Plan(settings.tile_pixels, settings.history), weights, settings.padding)
-        self.full_from = math.inf
         self._prepare(pictures, settings, engine, settings.content_weight, Watch())
 
     @classmethod
     def at(cls, stage: "Stage", engine: Engine, watch: Watch) -> "Objective":
         """The objective of a stage's picture, computed by this engine."""
         objective = cls.__new__(cls)
-        objective.full_from = stage.full_from  # evaluations
+        objective.full_from = stage.full_from
         objective._prepare(stage.shown(), stage.settings, engine, stage.content_weight, watch)
         return objective
 
@@ -430,10 +432,6 @@ class Objective:
                 f"the {self._part_gone_wrong(tiled, x)} loss is no longer finite; lower its weight", status=1
             )
         return evaluation
-
-    def is_to_switch(self, count: int) -> bool:
-        """Whether after so many evaluations factors are still rounded, and are not to be any more."""
-        return count >= self.full_from and not self.in_full
 
     def go_on_in_full(self) -> None:
         """Round the convolutions' factors no more."""
@@ -637,7 +635,7 @@ def minimise(
                 accepted = Accepted(x, evaluation, count, functools.partial(known_at, count))
                 if is_first:
                     yield accepted
-                elif count >= (iterations + 1) * EVALUATIONS_PER_ITERATION and not objective.is_to_switch(count):
+                elif count >= (iterations + 1) * EVALUATIONS_PER_ITERATION and not is_to_switch(objective, count):
                     iterations, handed_over = iterations + 1, count
                     yield accepted
     except Stopped:
@@ -667,7 +665,7 @@ def rounded_then_full(
             for x, evaluation, known in points:
                 learnt = [known].pop  # which keeps it only until it is asked
                 yield x, evaluation, known
-                if objective.is_to_switch(count()):
+                if is_to_switch(objective, count()):
                     objective.go_on_in_full()
                     if known:
                         break
@@ -679,6 +677,11 @@ def rounded_then_full(
     given = [x]
     del x  # as large as the picture
     yield from optimise(start=given.pop(), learnt=learnt)
+
+
+def is_to_switch(objective: Objective, count: int) -> bool:
+    """Whether after so many evaluations factors are still rounded, and are not to be any more."""
+    return count >= objective.full_from and not objective.in_full
 
 
 ALGORITHMS: dict[str, Callable[..., Points]] = {"scipy": scipy_lbfgs, "device": device_lbfgs}

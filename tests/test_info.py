@@ -53,7 +53,10 @@ def test_the_command_prints_a_page_of_80_columns_without_pictures():
     assert max(map(len, ended.stdout.splitlines())) <= info.COLUMNS
     assert ended.stdout.startswith(f"deepstyle {deepstyle.__version__}\n  Python ")
     said = said_on(ended.stdout)
-    assert re.fullmatch(r"\d+ CPU cores? with \w+|.* with \w+, [\d.]+ GB of it free", said["device"])
+    assert re.fullmatch(
+        r"(\d+ CPU cores? with \w+|.* with \w+, [\d.]+ GB of it free); with --precision mixed convolutions in \w+",
+        said["device"],
+    )
     assert re.fullmatch(r"[\d.]+ GB free of [\d.]+ GB", said["memory"])
     assert said["numpy"] == system.version_of("numpy")
     assert not [line for line in said.values() if "does not load" in line]

@@ -105,6 +105,13 @@ def painted(untrained, state=None, most=10**9, **options):
     return list(paint(PICTURES, Settings(**given), untrained, state, watch)), watch
 
 
+def stopped_after(untrained, evaluations, **options):
+    """The state of a run that was stopped there, as it is written and read again."""
+    *_, last = painted(untrained, most=evaluations, **options)[0]
+    arrays = lbfgs.to_arrays(last.state.curvature())
+    return dataclasses.replace(last.state, curvature=lambda: lbfgs.from_arrays(arrays))
+
+
 def loss_in_full(untrained, x):
     return deepstyle.Objective(CONTENT, STYLE, weights=untrained).evaluate(np.float64(x)).loss
 
@@ -128,13 +135,15 @@ def test_a_coarse_size_is_rounded_to_its_end(untrained, has_unit):
 
 
 def test_an_end_by_improvement_comes_in_full(untrained, has_unit):
-    iterations, _ = painted(untrained, num_iter=50, min_improvement=20.0)
+    minimum = {"num_iter": 50, "min_improvement": 20.0}
+    iterations, _ = painted(untrained, **minimum)
     assert len(iterations) < 10
     # In the last but one its two losses were computed in two ways: the end is judged by the last.
     assert [iteration.state.in_full for iteration in iterations[-3:]] == [False, True, True]
     assert iterations[-1].loss == pytest.approx(loss_in_full(untrained, iterations[-1].state.x), rel=1e-5)
-    for number in (-3, -2):  # as when a run is stopped there
-        again, _ = painted(untrained, iterations[number].state, num_iter=50, min_improvement=20.0)
+    for number in (-3, -2):
+        state = stopped_after(untrained, iterations[number].state.evaluations, **minimum)
+        again, _ = painted(untrained, state, **minimum)
         assert [iteration.loss for iteration in again] == [iteration.loss for iteration in iterations[number + 1 :]]
 
 
@@ -188,10 +197,8 @@ def test_where_rounding_stands_in_the_way_it_goes_on_in_full(optimizer):
 @pytest.mark.parametrize("after", [-30, -1, 0, 1, 2, 8])
 def test_a_run_that_goes_on_knows_in_which_precision_it_was(untrained, has_unit, after):
     unbroken, watch = painted(untrained)
-    first, _ = painted(untrained, most=watch.switched[0] + after)
-    state = first[-1].state
-    arrays = lbfgs.to_arrays(state.curvature())
-    second, again = painted(untrained, dataclasses.replace(state, curvature=lambda: lbfgs.from_arrays(arrays)))
+    state = stopped_after(untrained, watch.switched[0] + after)
+    second, again = painted(untrained, state)
     assert state.in_full == (not again.switched) == (after > 0)
     assert second[-1].number == 5
     by_number = {iteration.number: iteration for iteration in unbroken}
