@@ -290,6 +290,7 @@ def test_names_and_flags_are_escaped(picture_files, tmp_path, monkeypatch):
     assert html.escape("<script>alert(1)<script>") in page
 
 
+@pytest.mark.endurance  # two processes that are started cold
 def test_an_ascii_locale_and_a_name_that_is_no_text_make_a_page(picture_files, tmp_path):
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     name = os.fsencode(str(tmp_path)) + b"/\xff\xc3\xa9.png"

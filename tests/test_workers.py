@@ -18,6 +18,7 @@ from deepstyle_app import crew as crews
 from deepstyle_app import tile_workers
 from deepstyle_app.terminal import stopping
 from deepstyle_app.tile_workers import TileWorker, WorkersEngine
+from deepstyle_support import engine as engines
 from deepstyle_support import memory
 from deepstyle_support.images import to_input_space
 from deepstyle_support.limits import usable_cores
@@ -102,6 +103,26 @@ def test_loss_and_gradient_are_those_of_one_process(workers, untrained, rows, co
     assert got.loss == pytest.approx(expected.loss, rel=1e-6)
     assert got.parts == pytest.approx(expected.parts, rel=1e-5)
     assert np.linalg.norm(got.gradient - expected.gradient) <= 1e-5 * np.linalg.norm(expected.gradient)
+
+
+def test_with_rounded_factors_workers_do_as_one_process(workers, untrained, monkeypatch):
+    for module in (engines, tile_workers):
+        monkeypatch.setattr(module, "fastest_factors", lambda: "bfloat16")
+    here, shared, x = both(workers, untrained, 96, 48, precision="mixed")
+    expected, got = here.evaluate(x), shared.evaluate(x)
+    assert not (expected.in_full or got.in_full)
+    assert got.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert np.linalg.norm(got.gradient - expected.gradient) <= 1e-5 * np.linalg.norm(expected.gradient)
+    here.go_on_in_full()
+    assert here.evaluate(x).loss != expected.loss
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_workers_with_other_devices_are_asked_what_these_multiply_fastest(workers, untrained, monkeypatch, elsewhere):
+    monkeypatch.setattr(tile_workers, "fastest_factors", lambda: "what is here")
+    monkeypatch.setattr(workers, "on_gpus", elsewhere)
+    engine = WorkersEngine(workers, Plan(48, 10), untrained, Settings())
+    assert (engine.fastest_factors() == "what is here") != elsewhere
 
 
 def test_it_makes_no_difference_which_worker_computes_what(workers, untrained):
