@@ -49,7 +49,7 @@ from deepstyle_support.transparency import filled
 from deepstyle_support.vgg import CHANNELS, PICTURE, deepest, halo, stride
 from deepstyle_support.weights import Weights, load_weights
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 CONTENT, STYLE, VARIATION = "content", "style", "total variation"  # the kinds of losses
 Tensor = Any  # one of the backend's, or an array where it takes one

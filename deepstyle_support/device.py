@@ -149,7 +149,12 @@ def fastest_factors() -> str:
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether the processor has AVX512-BF16, AMX or ARM's BF16; False where the system does not say."""
+    """Whether the processor has AVX512-BF16, AMX or ARM's BF16, and the backend uses it.
+
+    False where the system does not say. With JAX an evaluation takes 0.99 of the time, so it is no use there.
+    """
+    if import_keras().backend.backend() == "jax":
+        return False
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(arithmetic_units() or ())
 
 
