@@ -27,8 +27,8 @@ def on_device(weights: Weights, padding: str) -> Network:
 class Networks(dict[str, Network]):
     """The network on the device, by the type of its convolutions' factors; a rounded one is made when it is needed.
 
-    The first convolution, which sees the picture, is always in full: measured, the loss is then off by a quarter as much,
-    and it takes no longer.
+    The first convolution, which sees the picture, is always in full: measured, the loss is then off by a quarter as
+    much, and it takes no longer.
     """
 
     def __init__(self, weights: Weights, padding: str):

@@ -1,6 +1,7 @@
 """--precision mixed: convolutions whose factors are rounded, for as long as rounding does not stand in the way."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -260,6 +261,20 @@ def test_resume_to_another_end_is_not_called_exact(picture_files, tmp_path, has_
 def test_the_processors_units_decide_on_a_cpu(monkeypatch, units, factors):
     monkeypatch.setattr(device, "arithmetic_units", lambda: units)
     assert device.fastest_factors.__wrapped__() == factors
+
+
+def test_with_jax_a_processors_unit_is_no_use(monkeypatch):
+    jax = SimpleNamespace(backend=SimpleNamespace(backend=lambda: "jax"))
+    monkeypatch.setattr(device, "import_keras", lambda: jax)
+    monkeypatch.setattr(device, "arithmetic_units", lambda: ("avx512_bf16",))
+    assert not device.cpu_multiplies_bfloat16()
+
+
+def test_the_first_convolution_sees_the_picture_as_it_is(untrained):
+    networks = engine.Networks(untrained, "zeros")
+    kinds = {name: str(kernel.forward.dtype) for name, (kernel, _) in networks["bfloat16"].items()}
+    assert "float32" in kinds.pop("conv1_1")
+    assert all("bfloat16" in kind for kind in kinds.values())
 
 
 def test_an_engine_rounds_nothing_unless_it_is_asked_to(untrained, has_unit):
