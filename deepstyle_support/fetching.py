@@ -26,19 +26,26 @@ def shown_progress(size: int, quiet: bool) -> Iterator[Progress]:
     from rich import progress
 
     console = console_on("stderr", quiet)
+    if not shows_bars(console):  # Rich 13 would end a bar that it does not show with an empty line
+        yield told_in_lines(size, quiet)
+        return
     columns = progress.BarColumn(), progress.DownloadColumn(), progress.TimeRemainingColumn(), "left"
-    is_bar, said = shows_bars(console), time.monotonic()
-    with progress.Progress(*columns, console=console, transient=True, disable=not is_bar) as bar:
+    with progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=size)
+        yield lambda count: bar.update(task, completed=count)
 
-        def on_bytes(count: int) -> None:
-            nonlocal said
-            bar.update(task, completed=count)
-            if not is_bar and not quiet and time.monotonic() > said + LINE_EVERY:
-                said = time.monotonic()
-                notify(f"{megabytes(count)} of {megabytes(size)}")
 
-        yield on_bytes
+def told_in_lines(size: int, quiet: bool) -> Progress:
+    """What to tell how many of the `size` bytes there are, and says so in a line now and then."""
+    said = time.monotonic()
+
+    def on_bytes(count: int) -> None:
+        nonlocal said
+        if not quiet and time.monotonic() > said + LINE_EVERY:
+            said = time.monotonic()
+            notify(f"{megabytes(count)} of {megabytes(size)}")
+
+    return on_bytes
 
 
 def megabytes(size: int) -> str:

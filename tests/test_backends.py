@@ -38,7 +38,7 @@ for case in cases:
 """
 # What differs from one backend to the next: convolutions, their gradient at the border, pooling, and the optimiser's
 # vectors; what is compiled for one shape takes JAX three seconds, so most are tried among the endurance tests.
-SHORT = ["device ave zeros off", "loss ave edge off", "loss ave zeros 112"]
+SHORT = ["device ave zeros off", "loss ave edge off"]
 LONG = [f"{kind} {tile}" for kind in ("device ave zeros", "loss max zeros", "loss ave edge") for tile in ("off", "112")]
 
 

@@ -75,6 +75,7 @@ print(json.dumps(found))
     return in_a_process(name, "found = {}\n" + LOOK[name] + run_out)
 
 
+@pytest.mark.endurance  # processes that are started cold, for what a GPU alone would do
 @pytest.mark.parametrize("name", BACKENDS)
 def test_products_and_convolutions_are_not_rounded_to_tf32(name):
     assert after_loading(name)["rounded"] is False

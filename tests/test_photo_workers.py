@@ -536,9 +536,8 @@ def test_the_command_itself_paints_what_one_process_would_and_a_stop_leaves_no_p
 
 
 @needs_two_cores
-@pytest.mark.parametrize(
-    "sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.endurance)], ids=lambda sent: sent.name
-)
+@pytest.mark.endurance
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
 def test_a_stop_while_workers_get_ready_is_one_line_and_no_process_is_left(photos, tmp_path, sent):
     process = start(photos)
     assert process.stdout.readline().startswith("painting 3 photos on 2 workers")
