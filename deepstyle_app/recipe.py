@@ -63,7 +63,7 @@ class Recipe:
         # 0.2.0 had a program of its own for workers, which its text names, with its flags.
         program = text.get("program", [])
         return cls(
-            settings={"precision": "full"} | text["settings"],  # of an earlier version, which knew no other
+            settings=text["settings"],
             pictures=text["pictures"],
             prefix=text["prefix"],
             masks=text["masks"],

@@ -270,9 +270,7 @@ def show_beginning(prepared: Prepared, before: Saved | None, device: str, show: 
 
 def describe_precision(precision: str, factors: str) -> str:
     """How convolutions are computed, in words that follow the device's; nothing if it goes without saying."""
-    if factors != FULL:
-        return f", convolutions in {factors}"
-    return f", convolutions in {FULL}" if precision == "mixed" else ""
+    return f", convolutions in {factors}" if factors != FULL or precision == "mixed" else ""
 
 
 def end_at_once(prepared: Prepared, outputs: Outputs, why: str) -> Ending:
