@@ -34,7 +34,7 @@ from PIL import Image
 
 from deepstyle_support.backend import all_finite, as_array, differentiable, import_keras, out_of_memory
 from deepstyle_support.colours import match_colours, recolour
-from deepstyle_support.convolution import FULL, convolve
+from deepstyle_support.convolution import FULL, convolve, pool
 from deepstyle_support.engine import Engine, Networks
 from deepstyle_support.images import MEAN_BGR, enlarge, resize, to_input_space
 from deepstyle_support.lbfgs import Curvature, device_lbfgs, scipy_lbfgs
@@ -68,13 +68,12 @@ def features(
     halves the rows and columns, rounding down. "ave" is the paper's choice, "max" the network's own.
     """
     ops = import_keras().ops
-    pool = {"ave": ops.average_pool, "max": ops.max_pool}[pool_type]
     x, wanted = x[None], set(layers)
     for name, (kernel, bias) in network.items():
         if not wanted:
             break
         if name.endswith("_1") and name != "conv1_1":
-            x = pool(x, 2, strides=2, data_format="channels_last")
+            x = pool(x, pool_type)
         x = ops.relu(convolve(x, kernel) + bias)
         if name in wanted:
             wanted.remove(name)

@@ -1,32 +1,41 @@
 """All that has to be checked on a GPU, in one command of under eight minutes: results, times and memory.
 
-usage: python benchmarks/on_gpu.py [--rows 400 1024 2048] [--tile 512] [--minutes 7.5] [--backends tensorflow jax torch]
-       [--weights random] [--json on_gpu.json]
+usage: python benchmarks/on_gpu.py [--rows 400 1024 2048] [--tile 512] [--minutes 7.5] [--part 1|2]
+       [--backends tensorflow jax torch] [--weights random] [--json on_gpu.json]
 
 For each of TensorFlow, JAX and PyTorch that is installed, each measurement in a process of its own:
 
 - exact: the error of the loss and of the gradient's slope in three directions against the tests' float64 NumPy oracle,
   in full float32 as deepstyle computes and with TF32, and how far the two gradients differ;
+- plain, with rows and precision: the same picture by plain_pytorch.py, which is what a person would use instead, with
+  PyTorch's own defaults (tf32) and in full: seconds of an evaluation, and from the command to the tenth picture;
+- command, with rows, optimiser and precision: seconds from the command to the tenth picture of deepstyle itself;
+- ways, with rows and the type of factors: each way to compute the convolutions that the backend leaves open, the
+  program's own first, and PyTorch's also with cuDNN's search for the best algorithm; the fastest is named;
 - rounded, with rows: how much of an evaluation's seconds it takes with TF32, and with --precision mixed, and how far
   the gradients are off;
 - size, with rows, tile (0: as a whole) and optimiser: seconds of an evaluation, the optimiser's share of them, and the
-  peak of memory on the GPU and here, beside what is planned; at the first size also of two runs that share the GPU.
+  peak of memory on the GPU and here, beside what is planned; shared: the same of two runs at once.
 
-When the time is nearly over, what is left is left out, and named. It runs without a GPU too, as a check of itself:
---rows 64 96 --tile 80. The weights are random unless a file is given, since they do not change the times.
+When the time is nearly over, what is left is left out, and named. Part 1 is the first size, part 2 the others; each
+fits five minutes. It runs without a GPU too, as a check of itself: --rows 64 96 --tile 80. The weights are random
+unless a file is given, since they do not change the times.
 """
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +46,9 @@ sys.path.insert(0, str(FOLDER / "tests"))
 import oracle  # noqa: E402, it is not installed but lies in tests/
 
 import deepstyle  # noqa: E402
+from deepstyle_support import convolution  # noqa: E402
 from deepstyle_support.backend import as_array, import_keras  # noqa: E402
+from deepstyle_support.convolution import FULL, Way, way_of  # noqa: E402
 from deepstyle_support.device import describe_device, gpu_memory  # noqa: E402
 from deepstyle_support.engine import Engine  # noqa: E402
 from deepstyle_support.images import resize, to_input_space  # noqa: E402
@@ -45,13 +56,12 @@ from deepstyle_support.memory import Plan, needed_memory  # noqa: E402
 from deepstyle_support.weights import Weights, load_weights  # noqa: E402
 
 EVALUATIONS = 12  # the first of them compile
+PAIR = [str(FOLDER / "images" / name) for name in ("rocket.jpg", "composition_viii.jpg")]
 
 
 def pictures(rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Content and style, with four columns to three rows."""
-    content, style = (
-        deepstyle.read_picture(str(FOLDER / "images" / name))[0] for name in ("rocket.jpg", "composition_viii.jpg")
-    )
+    content, style = (deepstyle.read_picture(path)[0] for path in PAIR)
     return resize(content, (rows, rows * 4 // 3)), resize(style, (rows, rows * 4 // 3))
 
 
@@ -104,27 +114,75 @@ def exact(weights: Weights) -> dict[str, Any]:
     return {"device": device, "errors": full, "errors_tf32": tf32, "gradient_difference_tf32": float(difference)}
 
 
-def rounded(weights: Weights, rows: int) -> dict[str, Any]:
-    """Of an evaluation of the whole picture, in full, mixed and with TF32: seconds, and the gradient's error."""
-    content, style = pictures(rows)
-    x = import_keras().ops.convert_to_tensor(to_input_space(content))
-    gradients = []
+class Evaluations:
+    """Seconds of the evaluations of a whole picture with random weights or a file's, and the last gradient."""
 
-    def seconds(precision: str = "full") -> float:
+    def __init__(self, weights: Weights, rows: int, precision: str = "full"):
+        content, style = pictures(rows)
+        x = import_keras().ops.convert_to_tensor(to_input_space(content))
         objective = deepstyle.Objective(content, style, weights=weights, precision=precision)
         took: list[float] = []
         evaluate = timed(objective.evaluate, took)
         for _ in range(EVALUATIONS):
             evaluation = evaluate(x)
-        gradients.append(as_array(evaluation.gradient))
-        return statistics.median(took[1:])
+        self.gradient = as_array(evaluation.gradient)
+        self.seconds, self.until_second = statistics.median(took[1:]), sum(took[:2])
 
-    found = {"seconds": seconds(), "seconds_mixed": seconds("mixed")}
+    def error(self, exact: "Evaluations") -> float:
+        """The gradient's, relative to that of another one."""
+        return float(np.linalg.norm(self.gradient - exact.gradient) / np.linalg.norm(exact.gradient))
+
+
+def rounded(weights: Weights, rows: int) -> dict[str, Any]:
+    """Of an evaluation of the whole picture, in full, mixed and with TF32: seconds, and the gradient's error."""
+    full, mixed = (Evaluations(weights, rows, precision) for precision in ("full", "mixed"))
     with_tf32()
-    found["seconds_tf32"] = seconds()
-    for name, gradient in zip(("mixed", "tf32"), gradients[1:], strict=True):
-        found[f"gradient_error_{name}"] = float(np.linalg.norm(gradient - gradients[0]) / np.linalg.norm(gradients[0]))
+    found = {"seconds": full.seconds}
+    for name, one in (("mixed", mixed), ("tf32", Evaluations(weights, rows))):
+        found |= {f"seconds_{name}": one.seconds, f"gradient_error_{name}": one.error(full)}
     return found
+
+
+def ways_of_backend(factors: str) -> Iterator[tuple[Way, bool]]:
+    """Each way that it makes sense to compute convolutions in, the program's first, and whether cuDNN searches."""
+    with_torch, own = import_keras().backend.backend() == "torch", way_of(factors)
+    orders = (False, True) if with_torch else (False,)
+    others = [Way(*way) for way in itertools.product((False, True), orders)]
+    for way in (own, *(way for way in others if way != own)):
+        yield from ((way, search) for search in ((False, True) if with_torch else (False,)))
+
+
+def ways(weights: Weights, rows: int, factors: str) -> dict[str, Any]:
+    """Seconds of an evaluation, and until the second, for each way; and how far its gradient is from the program's."""
+    found, first = [], None
+    Engine.fastest_factors = lambda self: factors  # a device without such units is measured as well
+    for way, search in ways_of_backend(factors):
+        deepstyle.compiled.cache_clear()
+        convolution.way_of = functools.partial(lambda way, factors: way, way)
+        if import_keras().backend.backend() == "torch":
+            import torch
+
+            torch.backends.cudnn.benchmark = search
+        one = Evaluations(weights, rows, "full" if factors == FULL else "mixed")
+        first = first or one
+        name = ", ".join(name for name, is_so in (*way._asdict().items(), ("search", search)) if is_so) or "forward"
+        found.append(
+            {"way": name, "seconds": one.seconds, "until_second": one.until_second, "difference": one.error(first)}
+        )
+    return {"ways": found}
+
+
+def until_tenth(script: str, *flags: str) -> dict[str, Any]:
+    """Seconds from a command to its end, when its tenth picture is there, and the JSON of its last line, if it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        line = [sys.executable, str(FOLDER / script), *PAIR, str(Path(folder, "a")), "--num_iter", "10", *flags]
+        ended = subprocess.run(line, capture_output=True, text=True)
+        took = time.perf_counter() - began
+        if ended.returncode or not Path(folder, "a_at_iteration_10.png").exists():
+            raise RuntimeError((ended.stderr.splitlines() or ["it made no tenth picture"])[-1])
+    said = ended.stdout.splitlines()[-1:]
+    return {"until_tenth": took} | (json.loads(said[0]) if said and said[0].startswith("{") else {})
 
 
 def peak_on_gpu() -> float:
@@ -208,17 +266,18 @@ class Jobs:
         self.rows: list[dict[str, Any]] = []
         self.left_out: list[str] = []
 
-    def run(self, backend: str, *asked: Any, at_once: int = 1) -> list[dict[str, Any]]:
-        """What each of so many processes says, none if there was no time, or an error's last line."""
+    def run(self, backend: str, *asked: Any) -> None:
+        """Note and show what a process says, or two at once that share the GPU, or an error's last line."""
         name = " ".join(map(str, (backend, *asked)))
         left = self.end - time.monotonic()
         if left < 15:
             self.left_out.append(name)
-            return []
+            return
         command = [sys.executable, __file__, "--weights", self.weights, "--one", *map(str, asked)]
         environment = os.environ | {"KERAS_BACKEND": backend}
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started = [subprocess.Popen(command, env=environment, **pipes) for _ in range(at_once)]
+        pipes["start_new_session"] = True  # so that what a process has started ends with it
+        started = [subprocess.Popen(command, env=environment, **pipes) for _ in range(1 + (asked[0] == "shared"))]
         found = []
         for process in started:
             try:
@@ -226,49 +285,95 @@ class Jobs:
                 lines = errors.splitlines() or [f"ended with status {process.returncode}"]
                 found.append(json.loads(said.splitlines()[-1]) if not process.returncode else {"error": lines[-1]})
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
                 self.left_out.append(f"{name} (stopped)")
         for row in found:
-            self.rows.append({"backend": backend, "asked": [*asked], "at_once": at_once, **row})
+            self.rows.append({"backend": backend, "asked": [*asked], **row})
             show(self.rows[-1])
-        return found
 
 
 def show(row: dict[str, Any]) -> None:
     """A line of the table."""
-    what = f"{row['backend']:10} {' '.join(map(str, row['asked'])):22}"
-    if "error" in row:
-        said = f"FAILED: {row['error']}"
-    elif row["asked"][0] == "exact":
-        (loss, slope), (loss_tf32, slope_tf32) = row["errors"], row["errors_tf32"]
-        said = (
-            f"{row['device']}: errors of the loss {loss:.1e}, of slopes {slope:.1e}; with TF32 {loss_tf32:.1e}, "
-            f"{slope_tf32:.1e}, and the gradient differs by {row['gradient_difference_tf32']:.1e}"
+    said = f"FAILED: {row['error']}" if "error" in row else SHOWN[row["asked"][0]](row)
+    print(f"{row['backend']:10} {' '.join(map(str, row['asked'])):28} {said}", flush=True)
+
+
+def show_exact(row: dict[str, Any]) -> str:
+    (loss, slope), (loss_tf32, slope_tf32) = row["errors"], row["errors_tf32"]
+    return (
+        f"{row['device']}: errors of the loss {loss:.1e}, of slopes {slope:.1e}; with TF32 {loss_tf32:.1e}, "
+        f"{slope_tf32:.1e}, and the gradient differs by {row['gradient_difference_tf32']:.1e}"
+    )
+
+
+def show_until_tenth(row: dict[str, Any]) -> str:
+    said = f"{row['until_tenth']:.1f} s from the command to the tenth picture"
+    if "seconds" in row:
+        said += (
+            f"; {row['seconds']:.4f} s an evaluation, the first after {row['until_first']:.1f} s, "
+            f"{row['gpu_peak'] / 1e9:.2f} GB on the GPU"
         )
-    elif row["asked"][0] == "rounded":
-        said = f"{row['seconds']:.4f} s an evaluation in full"
-        for name in ("mixed", "tf32"):
-            share, error = row[f"seconds_{name}"] / row["seconds"], row[f"gradient_error_{name}"]
-            said += f"; {name} {share:.2f} of it, gradient off by {error:.1e}"
-    else:
-        share = f", optimiser {row['optimiser_share']:.0%}"
-        gigabytes = {name: row[name] / 1e9 for name in ("gpu_peak", "gpu_planned", "gpu_free", "peak", "planned")}
-        said = (
-            f"{row['seconds']:.4f} s an evaluation{share}, the first after {row['until_first']:.1f} s; "
-            "GB at the peak (planned): GPU {gpu_peak:.2f} ({gpu_planned:.2f}) of {gpu_free:.1f}, "
-            "here {peak:.2f} ({planned:.2f})".format(**gigabytes)
-        )
-        said += "; two at once" * (row["at_once"] > 1) + "; RAN OUT, in smaller tiles" * bool(row["smaller_tiles"])
-    print(f"{what} {said}", flush=True)
+    return said
+
+
+def show_ways(row: dict[str, Any]) -> str:
+    ways, own = row["ways"], row["ways"][0]
+    fastest = min(ways, key=lambda one: one["seconds"])
+    lines = [
+        f"{one['way']:36} {one['seconds']:.4f} s an evaluation ({one['seconds'] / own['seconds']:.2f}), the second "
+        f"after {one['until_second']:.1f} s, gradient off by {one['difference']:.1e}"
+        for one in ways
+    ]
+    return "\n    ".join([f"fastest: {fastest['way']}; the program's is the first of", *lines])
+
+
+def show_rounded(row: dict[str, Any]) -> str:
+    said = f"{row['seconds']:.4f} s an evaluation in full"
+    for name in ("mixed", "tf32"):
+        share, error = row[f"seconds_{name}"] / row["seconds"], row[f"gradient_error_{name}"]
+        said += f"; {name} {share:.2f} of it, gradient off by {error:.1e}"
+    return said
+
+
+def show_size(row: dict[str, Any]) -> str:
+    gigabytes = {name: row[name] / 1e9 for name in ("gpu_peak", "gpu_planned", "gpu_free", "peak", "planned")}
+    said = (
+        f"{row['seconds']:.4f} s an evaluation, optimiser {row['optimiser_share']:.0%}, the first after "
+        f"{row['until_first']:.1f} s; "
+        "GB at the peak (planned): GPU {gpu_peak:.2f} ({gpu_planned:.2f}) of {gpu_free:.1f}, "
+        "here {peak:.2f} ({planned:.2f})".format(**gigabytes)
+    )
+    return said + "; RAN OUT, in smaller tiles" * bool(row["smaller_tiles"])
+
+
+SHOWN: dict[str, Callable[[dict[str, Any]], str]] = {
+    "exact": show_exact,
+    "plain": show_until_tenth,
+    "command": show_until_tenth,
+    "ways": show_ways,
+    "rounded": show_rounded,
+    "size": show_size,
+    "shared": show_size,
+}
 
 
 def measure(asked: list[str], weights: str) -> dict[str, Any]:
     """What one process does."""
-    tensors, source = load_weights(weights)
     kind, *given = asked
+    if kind == "plain":
+        rows, precision = given
+        flags = ["--full"] if precision == "full" else []
+        return until_tenth("benchmarks/plain_pytorch.py", "--rows", rows, "--weights", weights, *flags)
+    if kind == "command":
+        rows, optimiser, precision = given
+        flags = ["--optimizer", optimiser, "--precision", precision, "--image_size", rows, "--weights", weights]
+        return until_tenth("deepstyle.py", *flags)
+    tensors, source = load_weights(weights)
     if kind == "exact":
         found = exact(tensors)
+    elif kind == "ways":
+        found = ways(tensors, int(given[0]), given[1])
     elif kind == "rounded":
         found = rounded(tensors, int(given[0]))
     else:
@@ -276,11 +381,40 @@ def measure(asked: list[str], weights: str) -> dict[str, Any]:
     return found | {"weights": source}
 
 
+def measurements(arguments: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
+    """(backend, what to measure, ...), what matters most first: the time may not last for all, least of all JAX's."""
+    there = [name for name in ("tensorflow", "torch", "jax") if name in installed(arguments.backends)]
+    first, *others = arguments.rows
+    for backend in there if arguments.part != 2 else []:
+        yield backend, "exact"
+        if backend == "torch":
+            yield from ((backend, "plain", first, precision) for precision in ("full", "tf32"))
+        for given in (("device", "full"), ("device", "mixed"), ("scipy", "full")):
+            yield backend, "command", first, *given
+        yield from sizes(backend, first, arguments.tile)
+        yield from ((backend, "ways", first, factors) for factors in (FULL, "bfloat16") if backend != "jax")
+        yield backend, "shared", first, 0, "scipy"
+    for rows, backend in itertools.product(others if arguments.part != 1 else [], there):
+        yield from sizes(backend, rows, arguments.tile)
+
+
+def sizes(backend: str, rows: int, tile: int) -> Iterator[tuple[Any, ...]]:
+    """What is measured at each size of picture."""
+    for pixels, optimiser in itertools.product([0, tile] if tile < rows * 4 // 3 else [0], ("device", "scipy")):
+        yield backend, "size", rows, pixels, optimiser
+    yield backend, "rounded", rows
+
+
+def installed(backends: list[str]) -> list[str]:
+    return [backend for backend in backends if importlib.util.find_spec(backend)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[400, 1024, 2048])
     parser.add_argument("--tile", type=int, default=512)
-    parser.add_argument("--minutes", type=float, default=7.5)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--part", type=int, choices=(1, 2))
     parser.add_argument("--backends", nargs="+", default=["tensorflow", "jax", "torch"])
     parser.add_argument("--weights", default="random")
     parser.add_argument("--json", default="on_gpu.json")
@@ -289,21 +423,11 @@ def main() -> int:
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.weights)))
         return 0
-    jobs = Jobs(arguments.minutes, arguments.weights)
-    there = [backend for backend in arguments.backends if importlib.util.find_spec(backend)]
-    # What matters most comes first, of each backend: the time may not last for all.
-    for backend in there:
-        jobs.run(backend, "exact")
-    for rows in arguments.rows:
-        tiles = [0, arguments.tile] if arguments.tile < rows * 4 // 3 else [0]
-        for backend, tile, optimiser in itertools.product(there, tiles, ("scipy", "device")):
-            jobs.run(backend, "size", rows, tile, optimiser)
-        for backend in there:
-            jobs.run(backend, "rounded", rows)
-        if rows == arguments.rows[0]:
-            for backend in there:
-                jobs.run(backend, "size", rows, 0, "scipy", at_once=2)
-    absent = [backend for backend in arguments.backends if backend not in there]
+    minutes = (4.8 if arguments.part else 7.5) if arguments.minutes is None else arguments.minutes
+    jobs = Jobs(minutes, arguments.weights)
+    for backend, *asked in measurements(arguments):
+        jobs.run(backend, *asked)
+    absent = sorted({*arguments.backends} - {*installed(arguments.backends)})
     found = {"rows": jobs.rows, "left_out": jobs.left_out, "not_installed": absent}
     Path(arguments.json).write_text(json.dumps(found, indent=1))
     for name, what in (("not installed", absent), ("left out for lack of time", jobs.left_out)):

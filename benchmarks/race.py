@@ -42,7 +42,6 @@ from deepstyle_support.settings import STYLE_LAYERS
 FOLDER = Path(__file__).resolve().parent.parent
 
 CONTENT, STYLE, VARIATION = 0.025, 1.0 / 5, 1e-5  # the program's default weights
-LAYERS = (*STYLE_LAYERS, "conv5_2")
 
 
 def resized(paths: list[str], rows: int) -> list[np.ndarray]:
@@ -135,60 +134,15 @@ def run_old_way(paths: list[str], rows: int, num_iter: int) -> list:
     return course.points
 
 
-def pytorch_loss(paths: list[str], rows: int) -> tuple[Any, Callable]:
-    """The content as a tensor to start from, (1, 3, H, W), and a function of such a tensor that returns its loss."""
-    import torch
-    from torch.nn import functional
-
-    def channels_first(picture: np.ndarray) -> Any:
-        return torch.tensor(to_input_space(picture)).permute(2, 0, 1)[None].contiguous()
-
-    content, style = map(channels_first, resized(paths, rows))
-    weights = {
-        name: (torch.tensor(kernel).permute(3, 2, 0, 1).contiguous(), torch.tensor(bias))
-        for name, (kernel, bias) in deepstyle.load_weights()[0].items()
-    }
-    size = content.shape[2] * content.shape[3]
-
-    def features(x: Any) -> dict:
-        found = {}
-        for name, (kernel, bias) in weights.items():
-            if name > "conv5_2":
-                break
-            if name.endswith("_1") and name != "conv1_1":
-                x = functional.avg_pool2d(x, 2)
-            x = functional.relu(functional.conv2d(x, kernel, bias, padding=1))
-            if name in LAYERS:
-                found[name] = x
-        return found
-
-    def gram(f: Any) -> Any:
-        flat = f.flatten(2)[0]
-        return flat @ flat.T
-
-    with torch.no_grad():
-        content_target = features(content)["conv5_2"]
-        found = features(style)
-        style_targets = {name: gram(found[name]) for name in STYLE_LAYERS}
-
-    def loss_of(x: Any) -> Any:
-        found = features(x)
-        loss = CONTENT * ((found["conv5_2"] - content_target) ** 2).sum()
-        for name, target in style_targets.items():
-            loss = loss + STYLE * (((target - gram(found[name])) / (6 * size)) ** 2).sum()
-        corner = x[..., :-1, :-1]
-        square = (corner - x[..., 1:, :-1]) ** 2 + (corner - x[..., :-1, 1:]) ** 2
-        return loss + VARIATION * (square**1.25).sum()
-
-    return content, loss_of
-
-
 def run_pytorch(paths: list[str], rows: int, num_iter: int, name: str = "LBFGS", **options: float) -> list:
+    import plain_pytorch
     import torch
 
+    weights, _ = deepstyle.load_weights()
+    content, style = resized(paths, rows)
     course = Course()
-    start, loss_of = pytorch_loss(paths, rows)
-    x = start.clone().requires_grad_()
+    loss_of = plain_pytorch.loss_of(content, style, weights)
+    x = plain_pytorch.channels_first(content).requires_grad_()
     optimiser = getattr(torch.optim, name)([x], **options)
 
     def closure() -> Any:

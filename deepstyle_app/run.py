@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,6 +44,7 @@ from .terminal import (
     console_for,
     describe_iteration,
     describe_stop,
+    getting_ready,
     progress_bar,
     signals_as_requests,
     where_it_goes_on,
@@ -199,7 +201,8 @@ class Painting(Watch):
         total = self.totals[iteration.state.size]
         exact = self.is_exact and not iteration.state.partial
         path = self.outputs.save(iteration, iteration.number == total, exact, self.way if self.is_exact else "")
-        self.show(describe_iteration(iteration, total, path))
+        width = self.console.width if self.console.is_terminal else math.inf
+        self.show(describe_iteration(iteration, total, path, width))
 
     def show(self, line: str) -> None:
         if self.is_shown:
@@ -226,7 +229,8 @@ def run(job: Job, shared: Shared | None = None, name: str = "") -> Ending:
         outputs = Outputs(files, prepared.stages, prepared.shaped_by, before, show_note)
         if before and (nothing := why_nothing_to_do(before, prepared)):
             return end_at_once(prepared, outputs, nothing if not shared else "")
-        device = "" if received else engine.start()  # which takes seconds
+        with getting_ready(console):
+            device = "" if received else engine.start()
         if received:
             notify(f"{name}stopped before the painting began")
             return Ending(128 + received[0], painted=False)

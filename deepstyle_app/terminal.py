@@ -157,16 +157,30 @@ def where_it_goes_on(state: State | None, size: tuple[int, int]) -> str:
     return f"going on after iteration {state.iteration}{where}"
 
 
-def describe_iteration(iteration: Iteration, of: int, path: Path | None) -> str:
-    """The line that is shown for an iteration, or a part of it. `of`: how many there are to be at its size."""
+def describe_iteration(iteration: Iteration, of: int, path: Path | None, width: float = math.inf) -> str:
+    """The line that is shown for an iteration, or a part of it; if it is wider than `width`, a shorter one.
+
+    of: how many there are to be at its size.
+    """
     rows, columns = iteration.state.size
-    return (
-        (f"{rows} x {columns}: " if iteration.is_coarse else "")
-        + f"iteration {iteration.number}/{of}{' in part' * iteration.state.partial}: loss {iteration.loss:.5g} "
-        f"(content {iteration.losses.content:.4g}, style {iteration.losses.style:.4g}, "
-        f"total variation {iteration.losses.variation:.4g}), "
-        f"improved by {iteration.improvement:.2f} %, {iteration.seconds:.1f} s" + (f", {path}" if path else "")
+    name = f"{rows} x {columns}: " if iteration.is_coarse else ""
+    name += f"iteration {iteration.number}/{of}{' in part' * iteration.state.partial}"
+    where = f", {path}" if path else ""
+    line = (
+        f"{name}: loss {iteration.loss:.5g} (content {iteration.losses.content:.4g}, "
+        f"style {iteration.losses.style:.4g}, total variation {iteration.losses.variation:.4g}), "
+        f"improved by {iteration.improvement:.2f} %, {iteration.seconds:.1f} s{where}"
     )
+    if len(line) <= width:
+        return line
+    return f"{name}: loss {iteration.loss:.4g}, {iteration.seconds:.1f} s{where}"
+
+
+@contextlib.contextmanager
+def getting_ready(console: "Console") -> Iterator[None]:
+    """Something moves within, on a terminal that can move its cursor: libraries take seconds to load."""
+    with console.status("getting ready") if shows_bars(console) else contextlib.nullcontext():
+        yield
 
 
 def describe_stop(last: Iteration | None, before: State | None, size: tuple[int, int]) -> str:

@@ -1,12 +1,14 @@
-"""The network's convolution on Keras's backends: quick on CPUs, and continued beyond the picture's border or not."""
+"""The network's convolution and pooling, as each of Keras's backends computes them fastest.
 
-import functools
+At the picture's border a convolution sees zeros, or the picture's border values continued.
+"""
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .backend import add_to_rows, import_keras
+from .backend import add_to_rows, import_keras, on_cpu
 
 Tensor = Any  # one of the backend's
 
@@ -27,19 +29,57 @@ class Kernel(NamedTuple):
     flipped_sides: tuple[Tensor, ...] = ()
 
 
+class Way(NamedTuple):
+    """How convolutions are computed."""
+
+    # As a transposed one with the kernel flipped in space and its channels swapped, which gives the same.
+    transposed: bool
+    # The order of axes in memory, which only PyTorch leaves to its caller.
+    channels_last: bool = False
+
+
+def way_of(factors: str) -> Way:
+    """The fastest way for factors of this type on the backend's device.
+
+    TensorFlow's forward convolution takes a slow path on CPUs for weights that are not constants of the graph:
+    measured at 400 x 533, an evaluation takes 0.7 of the time with transposed ones. To JAX both are the same. On GPUs
+    matrix units, which round factors, want the channels last, and the others want them first.
+    """
+    backend = import_keras().backend.backend()
+    if backend == "torch":
+        return Way(transposed=False, channels_last=factors != FULL)
+    return Way(transposed=backend == "jax" or on_cpu())
+
+
 def kernel_on_device(kernel: np.ndarray, padding: str) -> Kernel:
     """The tensors of a kernel, (3, 3, in, out); padding: "zeros" or "edge"."""
-    to_tensor = import_keras().ops.convert_to_tensor
     flipped = np.ascontiguousarray(kernel[::-1, ::-1].swapaxes(2, 3))
     sides = (sides_of(kernel, 0, 2), sides_of(flipped, 2, 0)) if padding == "edge" else ()
-    return Kernel(to_tensor(kernel), to_tensor(flipped), *sides)
+    return Kernel(in_order(kernel, FULL), in_order(flipped, FULL), *sides)
+
+
+def in_order(kernel: Tensor, factors: str) -> Tensor:
+    """The kernel, (3, 3, in, out), as a tensor whose numbers are rounded to this type.
+
+    With PyTorch they lie in memory as its convolution wants them, or each evaluation would move them.
+    """
+    keras = import_keras()
+    tensor = keras.ops.cast(keras.ops.convert_to_tensor(kernel), factors)
+    if keras.backend.backend() != "torch":
+        return tensor
+    import torch
+
+    order = torch.channels_last if way_of(factors).channels_last else torch.contiguous_format
+    return tensor.permute(3, 2, 0, 1).contiguous(memory_format=order).permute(2, 3, 1, 0)
 
 
 def rounded(kernel: Kernel, factors: str) -> Kernel:
     """The kernel with its numbers rounded to this type."""
-    cast = import_keras().ops.cast
+    cast, (forward, flipped, *sides) = import_keras().ops.cast, kernel
     return Kernel(
-        *(tuple(cast(t, factors) for t in one) if isinstance(one, tuple) else cast(one, factors) for one in kernel)
+        in_order(forward, factors),
+        in_order(flipped, factors),
+        *(tuple(cast(tensor, factors) for tensor in tensors) for tensors in sides),
     )
 
 
@@ -59,29 +99,60 @@ def sides_of(kernel: np.ndarray, first: int, last: int) -> tuple[Tensor, ...]:
 def convolve(x: Tensor, kernel: Kernel) -> Tensor:
     """The convolution of x, (1, H, W, in), with stride 1; H and W are 2 or more -> (1, H, W, out).
 
-    A convolution is a transposed convolution with the kernel flipped in space and its channels swapped, and its
-    gradient is one with the kernel itself. Both are written so because TensorFlow's forward convolution takes a slow
-    path on CPUs for weights that are not constants of the graph: measured at 400 x 533, an evaluation takes 0.7 of the
-    time this way.
-
     x is rounded to the kernel's type, in its gradient what comes from above. The products are added up in float32, and
-    their sum, which is of that type again, becomes float32.
+    their sum, which is of that type again, becomes float32. The gradient is a convolution with the flipped kernel.
     """
     ops = import_keras().ops
     factors = import_keras().backend.standardize_dtype(kernel.forward.dtype)
-    transposed = functools.partial(ops.conv_transpose, strides=1, padding="same", data_format="channels_last")
 
     @ops.custom_gradient
     def convolution(x: Tensor) -> tuple[Tensor, Callable]:
         def gradient(*args: Tensor, upstream: Tensor = None) -> Tensor:
             upstream = ops.cast(args[0] if upstream is None else upstream, factors)
-            product = continued(transposed(upstream, kernel.forward), upstream, kernel.flipped_sides)
-            return ops.cast(product, FULL)
+            product = inside(upstream, kernel.flipped, kernel.forward)
+            return ops.cast(continued(product, upstream, kernel.flipped_sides), FULL)
 
         x = ops.cast(x, factors)
-        return ops.cast(continued(transposed(x, kernel.flipped), x, kernel.sides), FULL), gradient
+        return ops.cast(continued(inside(x, kernel.forward, kernel.flipped), x, kernel.sides), FULL), gradient
 
     return convolution(x)
+
+
+def inside(x: Tensor, kernel: Tensor, flipped: Tensor) -> Tensor:
+    """The convolution of x, (1, H, W, in), with zeros around it -> (1, H, W, out).
+
+    kernel: (3, 3, in, out), and the same flipped in space with its channels swapped.
+    """
+    keras = import_keras()
+    way = way_of(keras.backend.standardize_dtype(kernel.dtype))
+    if keras.backend.backend() == "torch":
+        return inside_with_torch(x, flipped if way.transposed else kernel, way)
+    options = {"strides": 1, "padding": "same", "data_format": "channels_last"}
+    return keras.ops.conv_transpose(x, flipped, **options) if way.transposed else keras.ops.conv(x, kernel, **options)
+
+
+def inside_with_torch(x: Tensor, kernel: Tensor, way: Way) -> Tensor:
+    """The same by PyTorch itself: Keras would copy x into another order, and a transposed one it would pad and cut."""
+    import torch
+    from torch.nn import functional
+
+    convolution = functional.conv_transpose2d if way.transposed else functional.conv2d
+    order = torch.channels_last if way.channels_last else torch.contiguous_format
+    x = x.permute(0, 3, 1, 2).contiguous(memory_format=order)
+    return convolution(x, kernel.permute(3, 2, 0, 1), padding=1).permute(0, 2, 3, 1)
+
+
+def pool(x: Tensor, pool_type: str) -> Tensor:
+    """Half the rows and columns of x, (1, H, W, C), rounded down: averages ("ave") or maxima ("max") of 2 x 2."""
+    keras = import_keras()
+    if keras.backend.backend() == "torch":
+        from torch.nn import functional
+
+        # By itself, since Keras would copy x into another order.
+        pooling = {"ave": functional.avg_pool2d, "max": functional.max_pool2d}[pool_type]
+        return pooling(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    pooling = {"ave": keras.ops.average_pool, "max": keras.ops.max_pool}[pool_type]
+    return pooling(x, 2, strides=2, data_format="channels_last")
 
 
 def continued(y: Tensor, x: Tensor, sides: tuple[Tensor, ...]) -> Tensor:

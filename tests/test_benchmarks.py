@@ -6,6 +6,9 @@ import sys
 
 import pytest
 from conftest import IMAGES, for_scripts
+from test_objective import pictures
+
+import deepstyle
 
 ON_GPU = IMAGES.parent / "benchmarks" / "on_gpu.py"
 
@@ -24,16 +27,43 @@ def check(tmp_path, *flags):
 def test_the_check_of_a_gpu_says_what_there_was_no_time_for(tmp_path):
     found = check(tmp_path, "--minutes", "0")
     assert found["rows"] == []
-    assert found["left_out"][:2] == ["tensorflow exact", "tensorflow size 32 0 scipy"]
+    assert found["left_out"][:2] == ["tensorflow exact", "tensorflow command 32 device full"]
 
 
-@pytest.mark.endurance  # six processes that load TensorFlow and compile
+def test_its_two_parts_are_the_whole(tmp_path):
+    whole, *parts = (
+        check(tmp_path, "--minutes", "0", "--rows", "32", "48", "64", *part)["left_out"]
+        for part in ([], ["--part", "1"], ["--part", "2"])
+    )
+    assert whole == [*parts[0], *parts[1]]
+    assert [name for name in parts[1] if " 32" in name] == []
+
+
+@pytest.mark.endurance  # ten processes that load TensorFlow and compile
 def test_the_check_of_a_gpu_agrees_with_the_oracle(tmp_path):
     found = check(tmp_path, "--minutes", "9")
     assert found["left_out"] == []
-    exact, *sizes = found["rows"]
-    assert max(exact["errors"]) < 1e-4
-    assert {tuple(row["asked"][:3]) for row in sizes} == {("size", 32, 0), ("rounded", 32)}
-    assert sum({"seconds_mixed", "seconds_tf32"} <= row.keys() for row in sizes) == 1
-    assert sum(row["at_once"] == 2 for row in sizes) == 2
-    assert all(row["seconds"] > 0 for row in sizes)
+    rows = {" ".join(map(str, row["asked"])): row for row in found["rows"]}
+    assert max(rows["exact"]["errors"]) < 1e-4
+    assert {name.split()[0] for name in rows} == {"exact", "command", "size", "rounded", "ways", "shared"}
+    assert {"seconds_mixed", "seconds_tf32"} <= rows["rounded 32"].keys()
+    assert sum(row["asked"][0] == "shared" for row in found["rows"]) == 2
+    assert all(row["until_tenth"] > 0 for name, row in rows.items() if name.startswith("command"))
+    assert rows["size 32 0 device"]["seconds"] > 0
+    own, other = rows["ways 32 float32"]["ways"]
+    assert (own["way"], other["way"]) == ("transposed", "forward")
+    assert other["difference"] < 1e-5  # another way to the same
+    assert rows["ways 32 bfloat16"]["ways"][1]["difference"] > 1e-5
+
+
+@pytest.mark.endurance
+def test_the_plain_script_that_it_is_raced_against_has_the_same_loss(tmp_path, untrained):
+    torch = pytest.importorskip("torch")
+    sys.path.insert(0, str(ON_GPU.parent))
+    try:
+        import plain_pytorch
+    finally:
+        sys.path.pop(0)
+    content, style, x = pictures(40, 48)
+    loss = plain_pytorch.loss_of(content, style, untrained)(torch.tensor(x).permute(2, 0, 1)[None])
+    assert float(loss) == pytest.approx(deepstyle.Objective(content, style, weights=untrained)(x)[0], rel=1e-5)

@@ -11,9 +11,10 @@ import pytest
 from conftest import ONE_THREAD, for_scripts, smooth_picture
 
 import deepstyle
+from deepstyle_support import convolution
 from deepstyle_support.backend import as_array, differentiable, import_keras
 from deepstyle_support.cache import Cache
-from deepstyle_support.convolution import convolve, kernel_on_device
+from deepstyle_support.convolution import Way, convolve, kernel_on_device
 from deepstyle_support.engine import Engine, on_device
 from deepstyle_support.images import to_input_space
 from deepstyle_support.memory import Plan
@@ -143,8 +144,10 @@ def test_what_is_no_picture_is_refused(untrained):
         deepstyle.Objective(content, style[..., 0], weights=untrained)
 
 
+@pytest.mark.parametrize("way", [Way(True), Way(False), Way(True, True), Way(False, True)])
 @pytest.mark.parametrize("size", [(2, 2), (5, 3)])
-def test_a_convolution_continues_the_picture_by_its_edge_and_so_does_its_gradient(size):
+def test_a_convolution_continues_the_picture_by_its_edge_and_so_does_its_gradient(monkeypatch, size, way):
+    monkeypatch.setattr(convolution, "way_of", lambda factors: way)
     draw = np.random.default_rng(0).normal
     x, kernel = np.float32(draw(size=(1, *size, 4))), np.float32(draw(size=(3, 3, 4, 6)))
     upstream = np.float32(draw(size=(*size, 6)))

@@ -9,9 +9,9 @@ from conftest import Recorder, describe, evaluation_of, paint, pixels, run, smoo
 
 import deepstyle
 from deepstyle import Pictures, Settings, State
-from deepstyle_support import device, engine, lbfgs
+from deepstyle_support import convolution, device, engine, lbfgs
 from deepstyle_support.backend import as_array, import_keras
-from deepstyle_support.convolution import FULL, convolve, kernel_on_device, rounded
+from deepstyle_support.convolution import FULL, Way, convolve, kernel_on_device, rounded
 from deepstyle_support.engine import Engine
 from deepstyle_support.images import to_input_space
 from deepstyle_support.memory import Plan
@@ -44,8 +44,10 @@ def convolved(x, kernel, mode):
     return sum(around[i : i + rows, j : j + columns] @ kernel[i, j] for i in range(3) for j in range(3))
 
 
+@pytest.mark.parametrize("way", [Way(True), Way(False), Way(True, True), Way(False, True)])
 @pytest.mark.parametrize(("padding", "mode"), [("zeros", "constant"), ("edge", "edge")])
-def test_only_the_factors_and_the_sum_of_a_convolution_are_rounded(padding, mode):
+def test_only_the_factors_and_the_sum_of_a_convolution_are_rounded(monkeypatch, padding, mode, way):
+    monkeypatch.setattr(convolution, "way_of", lambda factors: way)
     random = np.random.default_rng(0)
     x, kernel = random.normal(0, 1, (9, 7, 40)), random.normal(0, 1, (3, 3, 40, 5)).astype(np.float32)
     tensor = import_keras().ops.convert_to_tensor(np.float32(x))[None]
