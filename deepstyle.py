@@ -405,12 +405,18 @@ class Objective:
         check_sides(numbered(STYLE, pictures.styles), layers_of(terms, STYLE), self.model)
         masks = masks_at_places((term.place for term in terms), pictures.masks(self.size), self.size)
         without_targets = TiledLoss(tuple(terms), masks, self.size, settings.pool_type)
-        content = self._in_memory(self._content_targets, without_targets, to_input_space(filled(pictures.content)))
-        style = self._in_memory(self._style_targets, without_targets, pictures.styles)
-        self.tiled = dataclasses.replace(without_targets, content=content, style=style)
-        self.rounded = dataclasses.replace(self.tiled, factors=engine.factors(settings.precision))
-        self.rounds = self.rounded.factors != FULL
+        self.tiled = self.tiled_rounded = self._with_targets(without_targets, pictures)
+        factors = engine.factors(settings.precision)
+        self.rounds = factors != FULL
+        if self.rounds:
+            self.tiled_rounded = self._with_targets(dataclasses.replace(without_targets, factors=factors), pictures)
         self.in_full = not self.rounds
+
+    def _with_targets(self, tiled: TiledLoss, pictures: Pictures) -> TiledLoss:
+        """The same with its targets, which its own network finds: what rounding does to both sides cancels out."""
+        content = self._in_memory(self._content_targets, tiled, to_input_space(filled(pictures.content)))
+        style = self._in_memory(self._style_targets, tiled, pictures.styles)
+        return dataclasses.replace(tiled, content=content, style=style)
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         evaluation = self.evaluate(x)
@@ -423,7 +429,7 @@ class Objective:
         """
         if tuple(getattr(x, "shape", ())) != (*self.size, 3):
             raise UserError(f"x is no array of the content's shape, {(*self.size, 3)}")
-        tiled = self.tiled if self.in_full else self.rounded
+        tiled = self.tiled if self.in_full else self.tiled_rounded
         parts, gradient = self._in_memory(self._two_passes, tiled, x)
         evaluation = Evaluation(losses_of(self.tiled.terms, parts), parts, gradient, self.in_full)
         if not (math.isfinite(evaluation.loss) and all_finite(gradient)):
@@ -526,7 +532,7 @@ class Objective:
         """{place: (C, C)} of a style, (H, W, 3 or 4) uint8: at hand if it was shown so before."""
         # To the bit it also depends on the tiles, of which a small style is one.
         tile = min(self._largest_tile(), max(style.shape) + 15)
-        key = hashlib.sha256(style.tobytes()).digest(), style.shape, tuple(places), tile
+        key = hashlib.sha256(style.tobytes()).digest(), style.shape, tuple(places), tile, tiled.factors
 
         def compute() -> dict[Place, np.ndarray]:
             opaque = opaque_at_places(style, style.shape[:2], places)

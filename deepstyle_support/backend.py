@@ -187,7 +187,8 @@ def differentiable(parts: Callable) -> Callable:
 
     def evaluate(*given: Any) -> tuple[dict[str, float], Any]:
         values, gradient = compiled(*keras.tree.map_structure(keras.ops.convert_to_tensor, given))
-        return {name: float(value) for name, value in values.items()}, gradient
+        together = as_array(keras.ops.stack([*values.values()])) if values else ()  # a GPU is waited for once
+        return dict(zip(values, map(float, together), strict=True)), gradient
 
     return evaluate
 

@@ -73,7 +73,7 @@ def in_order(kernel: Tensor, factors: str) -> Tensor:
     return tensor.permute(3, 2, 0, 1).contiguous(memory_format=order).permute(2, 3, 1, 0)
 
 
-def rounded(kernel: Kernel, factors: str) -> Kernel:
+def rounded_kernel(kernel: Kernel, factors: str) -> Kernel:
     """The kernel with its numbers rounded to this type."""
     cast, (forward, flipped, *sides) = import_keras().ops.cast, kernel
     return Kernel(

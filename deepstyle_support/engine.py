@@ -5,7 +5,7 @@ from typing import Any
 
 from .backend import import_keras, on_cpu
 from .cache import Cache
-from .convolution import FULL, Kernel, kernel_on_device, rounded
+from .convolution import FULL, Kernel, kernel_on_device, rounded_kernel
 from .device import describe_device, fastest_factors
 from .memory import Plan
 from .tiles import Tile
@@ -14,6 +14,8 @@ from .weights import Weights
 Tensor = Any  # one of the backend's
 Size = tuple[int, int]  # (rows, columns)
 
+
+IN_FULL = ("conv1_1", "conv2_1")  # the convolutions that are never rounded
 
 Network = dict[str, tuple[Kernel, Tensor]]  # of each layer its kernel as `convolve` needs it, and its bias
 
@@ -27,8 +29,7 @@ def on_device(weights: Weights, padding: str) -> Network:
 class Networks(dict[str, Network]):
     """The network on the device, by the type of its convolutions' factors; a rounded one is made when it is needed.
 
-    The first convolution, which sees the picture, is always in full: measured, the loss is then off by a quarter as
-    much, and it takes no longer.
+    Two convolutions are always in full: rounding them is what the gradient suffers from most.
     """
 
     def __init__(self, weights: Weights, padding: str):
@@ -36,7 +37,7 @@ class Networks(dict[str, Network]):
 
     def __missing__(self, factors: str) -> Network:
         self[factors] = {
-            name: (kernel if name == "conv1_1" else rounded(kernel, factors), bias)
+            name: (kernel if name in IN_FULL else rounded_kernel(kernel, factors), bias)
             for name, (kernel, bias) in self[FULL].items()
         }
         return self[factors]
