@@ -292,7 +292,8 @@ def needed_memory(size: Size, tile: int | None, history: int, settings: Settings
     # machine, 12 on another, and one to be sure. The device's has 2 m, and as many more as were measured.
     vectors = 5 + 13 if settings.optimizer == "scipy" else DEVICE_VECTORS
     needed = (2 * history + vectors) * bytes_per_vector(size, settings.optimizer)
-    return Needed(computing, needed, LOADED + pixels * targets)
+    kept = targets if settings.precision == "full" else 2 * targets  # those of the rounded network as well
+    return Needed(computing, needed, LOADED + pixels * kept)
 
 
 def needed_by_all(

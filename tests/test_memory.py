@@ -314,6 +314,15 @@ def test_the_plan_counts_what_whoever_saves_the_pictures_keeps(monkeypatch):
     assert [[stage.size for stage in stages] for stages in asked] == [[(32, 42), (64, 85)]]
 
 
+def test_rounded_convolutions_keep_the_contents_features_twice(full_network):
+    full, mixed = (
+        needed_memory((1000, 1000), None, 10, Settings(precision=precision, content_layer=("conv1_1",)))
+        for precision in ("full", "mixed")
+    )
+    assert mixed.rest - full.rest == 1000 * 1000 * 64 * 4
+    assert mixed[:2] == full[:2]
+
+
 def test_the_plan_counts_the_kernels_lines_that_edge_needs(untrained):
     kernels = on_device(untrained, "edge").values()
     lines = [side for kernel, _ in kernels for side in (*kernel.sides, *kernel.flipped_sides)]
