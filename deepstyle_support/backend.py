@@ -214,7 +214,13 @@ def all_finite(x: Any) -> bool:
 
 def on_cpu() -> bool:
     """Whether the backend computes on the processor."""
-    return "cpu" in str(import_keras().ops.zeros(()).device).lower()
+    keras, outside = import_keras(), contextlib.nullcontext()
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        outside = tf.init_scope()  # while a function is traced its tensors have no device
+    with outside:
+        return "cpu" in str(keras.ops.zeros(()).device).lower()
 
 
 @functools.cache

@@ -165,6 +165,19 @@ def test_a_convolution_continues_the_picture_by_its_edge_and_so_does_its_gradien
     np.testing.assert_allclose(as_array(gradient).ravel(), slopes, atol=1e-5)
 
 
+def test_convolutions_are_traced_as_they_are_computed_at_once(untrained, monkeypatch):
+    ways, way_of = [], convolution.way_of
+
+    def noted(factors):
+        ways.append(way_of(factors))
+        return ways[-1]
+
+    monkeypatch.setattr(convolution, "way_of", noted)
+    content, style, x = pictures(35, 37)  # a size that no other test has compiled
+    deepstyle.Objective(content, style, weights=untrained)(x)
+    assert {*ways} == {Way(transposed=True)}
+
+
 def test_a_flat_picture_is_flat_to_its_border_with_edge_padding_only(untrained):
     flat = np.full((40, 48, 3), 90, np.uint8)
     for padding in ("zeros", "edge"):
