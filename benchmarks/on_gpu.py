@@ -423,6 +423,8 @@ def main() -> int:
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.weights)))
         return 0
+    if arguments.part == 2 and len(arguments.rows) == 1:
+        parser.error("part 2 measures the sizes after the first; give more --rows")
     minutes = (4.8 if arguments.part else 7.5) if arguments.minutes is None else arguments.minutes
     jobs = Jobs(minutes, arguments.weights)
     for backend, *asked in measurements(arguments):

@@ -179,7 +179,7 @@ def describe_iteration(iteration: Iteration, of: int, path: Path | None, width: 
 @contextlib.contextmanager
 def getting_ready(console: "Console") -> Iterator[None]:
     """Something moves within, on a terminal that can move its cursor: libraries take seconds to load."""
-    with console.status("getting ready") if shows_bars(console) else contextlib.nullcontext():
+    with console.status("getting ready", spinner="line") if shows_bars(console) else contextlib.nullcontext():
         yield
 
 
