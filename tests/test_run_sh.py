@@ -24,7 +24,7 @@ case "$1 ${2:-}" in
     "-m venv") for last; do :; done; own=$last/${OWN:-bin/python}; mkdir -p "${own%/*}"; cp "$0" "$own" ;;
     "-m pip")
         printf '%s\\n' "${PIP_SAYS:-Collecting pillow}"
-        if [ -n "${PIP_WAITS:-}" ]; then : >"$PIP_WAITS"; exec sleep 5; fi
+        if [ -n "${PIP_WAITS:-}" ]; then : >"$PIP_WAITS"; exec sleep 60; fi
         [ -z "${PIP_FAILS:-}" ] && : >"$here/has_packages" ;;
     *) echo "ran: $*"; exit "${STATUS:-0}" ;;
 esac
