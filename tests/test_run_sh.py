@@ -4,6 +4,7 @@ import contextlib
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -205,6 +206,7 @@ def on_a_terminal(clone, interrupt_at=None, **environment):
     environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "LOG": str(folder / "log")} | environment
     child, terminal = pty.fork()
     if not child:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that runs the tests in its background ignores it
         os.execve("/bin/sh", ["sh", str(clone / "run.sh"), "--setup"], environment)
     while interrupt_at and not interrupt_at.exists():
         time.sleep(0.01)
