@@ -52,7 +52,7 @@ def test_the_check_of_a_gpu_agrees_with_the_oracle(tmp_path):
     assert rows["size 32 0 device"]["seconds"] > 0
     own, other = rows["ways 32 float32"]["ways"]
     assert (own["way"], other["way"]) == ("transposed", "forward")
-    assert 0 < other["difference"] < 1e-5  # another way to the same
+    assert other["difference"] < 1e-5  # another way to the same, on some machines to the bit
     assert rows["ways 32 bfloat16"].keys() >= {"ways"}
 
 
