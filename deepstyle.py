@@ -413,7 +413,7 @@ class Objective:
         self.in_full = not self.rounds
 
     def _with_targets(self, tiled: TiledLoss, pictures: Pictures) -> TiledLoss:
-        """The same with its targets, which its own network finds: what rounding does to both sides cancels out."""
+        """`tiled` with its targets, which its own network finds: what rounding does to both sides cancels out."""
         content = self._in_memory(self._content_targets, tiled, to_input_space(filled(pictures.content)))
         style = self._in_memory(self._style_targets, tiled, pictures.styles)
         return dataclasses.replace(tiled, content=content, style=style)
@@ -718,7 +718,8 @@ class Stage:
 
         A coarse picture is only a start.
         """
-        return 0.8 * self.iterations * EVALUATIONS_PER_ITERATION if self.is_full else math.inf
+        evaluations = self.iterations * EVALUATIONS_PER_ITERATION
+        return evaluations - evaluations / 5 if self.is_full else math.inf
 
     @property
     def content_weight(self) -> float:

@@ -131,6 +131,12 @@ def test_a_run_ends_in_full_so_that_its_last_loss_is_the_true_one(untrained, has
     assert np.all(np.diff(true) < 0)
 
 
+def test_the_last_fifth_begins_at_a_whole_evaluation():
+    for iterations in range(1, 100):  # of 3, for one, 0.8 * 3 * 20 is 48.00000000000001
+        *_, full = deepstyle.stages_of(PICTURES, Settings(image_size=40, num_iter=iterations))
+        assert full.full_from == 16 * iterations
+
+
 def test_a_coarse_size_is_rounded_to_its_end(untrained, has_unit):
     iterations, watch = painted(untrained, image_size=64, scales=2, coarse_iter=2, num_iter=2)
     assert [iteration.state.in_full for iteration in iterations] == [False, False, False, True]
