@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 
@@ -19,6 +19,7 @@ from deepstyle_support.console import console_on, shows_bars
 from deepstyle_support.messages import Stream
 
 if TYPE_CHECKING:
+    from rich import progress
     from rich.console import Console
 
 SAME_STOP = 0.25  # seconds: no finger presses Ctrl-C twice so fast, and a program that sends a signal twice does
@@ -52,11 +53,7 @@ def progress_bar(
     # The time left is judged by all evaluations but the first, which has to compile: of large pictures each takes
     # longer than Rich looks back by itself.
     left = progress.TimeRemainingColumn(), "left"
-    columns = "{task.description}", progress.BarColumn(), "{task.fields[news]}", *left
-    options: dict[str, Any] = {"transient": True, "disable": not shows_bars(console), "speed_estimate_period": math.inf}
-    # What goes to stderr is written above the bar where both are the terminal; in a file it belongs.
-    options |= {"console": console, "redirect_stderr": Stream("stderr").isatty()}
-    with progress.Progress(*columns, **options) as bar:
+    with moving(console, "{task.description}", progress.BarColumn(), "{task.fields[news]}", *left) as bar:
         task = bar.add_task("getting ready", total=None, news="")
         shown_size: tuple[int, int] | None = None
 
@@ -71,6 +68,31 @@ def progress_bar(
             bar.update(task, completed=count, description=name, news=f"loss {loss:.4g},")
 
         yield on_evaluation
+
+
+@contextlib.contextmanager
+def getting_ready(console: "Console") -> Iterator[None]:
+    """Something moves within, on a terminal that can move its cursor: libraries take seconds to load."""
+    from rich import progress
+
+    with moving(console, progress.SpinnerColumn("line"), "{task.description}") as bar:
+        bar.add_task("getting ready", total=None)
+        yield
+
+
+def moving(console: "Console", *columns: "str | progress.ProgressColumn") -> "progress.Progress":
+    """Rich's line of these columns, which moves on a terminal that can move its cursor, and is gone at its end."""
+    from rich import progress
+
+    return progress.Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not shows_bars(console),
+        speed_estimate_period=math.inf,
+        # What goes to stderr is written above it where both are the terminal; in a file it belongs.
+        redirect_stderr=Stream("stderr").isatty(),
+    )
 
 
 def stopping() -> list[int]:
@@ -174,13 +196,6 @@ def describe_iteration(iteration: Iteration, of: int, path: Path | None, width: 
     if len(line) <= width:
         return line
     return f"{name}: loss {iteration.loss:.4g}, {iteration.seconds:.1f} s{where}"
-
-
-@contextlib.contextmanager
-def getting_ready(console: "Console") -> Iterator[None]:
-    """Something moves within, on a terminal that can move its cursor: libraries take seconds to load."""
-    with console.status("getting ready", spinner="line") if shows_bars(console) else contextlib.nullcontext():
-        yield
 
 
 def describe_stop(last: Iteration | None, before: State | None, size: tuple[int, int]) -> str:

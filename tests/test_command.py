@@ -22,7 +22,7 @@ import deepstyle
 from deepstyle_app.command import command_line, job_of, main
 from deepstyle_app.ownership import base_path
 from deepstyle_app.recipe import Recipe
-from deepstyle_app.terminal import console_for, progress_bar
+from deepstyle_app.terminal import console_for, getting_ready, progress_bar
 from deepstyle_support.engine import Engine
 from deepstyle_support.memory import Plan
 from deepstyle_support.messages import as_typed, notify
@@ -257,6 +257,28 @@ def test_a_bar_takes_nothing_from_what_is_written_to_stderr(environment, monkeyp
     environment({})
     assert "a note" not in shown_on_a_terminal(monkeypatch, show_a_bar_and_a_line)
     assert capfd.readouterr().err == "deepstyle: a note\n"
+
+
+def test_nor_does_what_moves_while_libraries_are_loaded(environment, monkeypatch, capfd):
+    def load():
+        with getting_ready(console_for(quiet=False)):
+            print("a library's words", file=sys.stderr)
+
+    environment({})
+    shown = shown_on_a_terminal(monkeypatch, load)
+    assert "getting ready" in shown
+    assert "words" not in shown
+    assert capfd.readouterr().err == "a library's words\n"
+
+
+@pytest.mark.parametrize("given", [{"TERM": "dumb"}, {"TTY_INTERACTIVE": "0"}])
+def test_nothing_moves_where_the_cursor_cannot(given, environment, monkeypatch):
+    def load():
+        with getting_ready(console_for(quiet=False)):
+            pass
+
+    environment(given)
+    assert shown_on_a_terminal(monkeypatch, load) == ""
 
 
 def shown_on_a_terminal(monkeypatch, show):
