@@ -23,7 +23,6 @@ unless a file is given, since they do not change the times.
 """
 
 import argparse
-import functools
 import importlib.util
 import itertools
 import json
@@ -115,7 +114,7 @@ def exact(weights: Weights) -> dict[str, Any]:
 
 
 class Evaluations:
-    """Seconds of the evaluations of a whole picture with random weights or a file's, and the last gradient."""
+    """Some evaluations of a whole picture at one x: their seconds, and the gradient there."""
 
     def __init__(self, weights: Weights, rows: int, precision: str = "full"):
         content, style = pictures(rows)
@@ -143,13 +142,17 @@ def rounded(weights: Weights, rows: int) -> dict[str, Any]:
     return found
 
 
-def ways_of_backend(factors: str) -> Iterator[tuple[Way, bool]]:
-    """Each way that it makes sense to compute convolutions in, the program's first, and whether cuDNN searches."""
-    with_torch, own = import_keras().backend.backend() == "torch", way_of(factors)
-    orders = (False, True) if with_torch else (False,)
-    others = [Way(*way) for way in itertools.product((False, True), orders)]
-    for way in (own, *(way for way in others if way != own)):
-        yield from ((way, search) for search in ((False, True) if with_torch else (False,)))
+def ways_of_backend(factors: str) -> list[tuple[Way, bool]]:
+    """The ways that the backend leaves open, each with whether cuDNN searches; those that are the program's first."""
+    own, open_to_torch = way_of(factors), (False, True) if import_keras().backend.backend() == "torch" else (False,)
+    choices = itertools.product((False, True), open_to_torch, open_to_torch)
+    found = [(Way(transposed, channels_last), search) for transposed, channels_last, search in choices]
+    return sorted(found, key=lambda one: one[0] != own)
+
+
+def always(way: Way) -> Callable:
+    """`way_of` for which there is one way."""
+    return lambda factors: way
 
 
 def ways(weights: Weights, rows: int, factors: str) -> dict[str, Any]:
@@ -158,7 +161,7 @@ def ways(weights: Weights, rows: int, factors: str) -> dict[str, Any]:
     Engine.fastest_factors = lambda self: factors  # a device without such units is measured as well
     for way, search in ways_of_backend(factors):
         deepstyle.compiled.cache_clear()
-        convolution.way_of = functools.partial(lambda way, factors: way, way)
+        convolution.way_of = always(way)
         if import_keras().backend.backend() == "torch":
             import torch
 

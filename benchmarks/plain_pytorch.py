@@ -18,25 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from race import CONTENT, STYLE, VARIATION, resized
 from torch.nn import functional
 
 import deepstyle
-from deepstyle_support.images import from_input_space, resize, to_input_space
+from deepstyle_support.images import from_input_space, to_input_space
 from deepstyle_support.settings import STYLE_LAYERS
 from deepstyle_support.weights import Weights
 
-CONTENT, STYLE, VARIATION = 0.025, 1.0 / 5, 1e-5  # deepstyle's default weights
 EVALUATIONS = 20  # of an iteration
 
 
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def shown(path: str, rows: int, columns: int = 0) -> np.ndarray:
-    """A picture as the network is shown it, (rows, columns, 3) uint8 RGB; as wide as it is, if no columns are given."""
-    picture, _ = deepstyle.read_picture(path)
-    return resize(picture, (rows, columns or picture.shape[1] * rows // picture.shape[0]))
 
 
 def channels_first(picture: np.ndarray) -> Any:
@@ -100,8 +94,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.full:
         torch.backends.cudnn.allow_tf32 = False
-    content = shown(arguments.content, arguments.rows)
-    style = shown(arguments.style, *content.shape[:2])
+    content, style = resized([arguments.content, arguments.style], arguments.rows)
     weights, _ = deepstyle.load_weights(arguments.weights)
     loss = loss_of(content, style, weights)
     x = channels_first(content).requires_grad_()
@@ -112,7 +105,7 @@ def main() -> None:
         optimiser.zero_grad()
         value = loss(x)
         value.backward()
-        float(value)  # as anyone would who prints it; it waits for the GPU
+        float(value.detach())  # as anyone would who prints it; it waits for the GPU
         times.append(time.perf_counter())
         return value
 

@@ -41,9 +41,9 @@ class Way(NamedTuple):
 def way_of(factors: str) -> Way:
     """The fastest way for factors of this type on the backend's device.
 
-    TensorFlow's forward convolution takes a slow path on CPUs for weights that are not constants of the graph:
-    measured at 400 x 533, an evaluation takes 0.7 of the time with transposed ones. To JAX both are the same. On GPUs
-    matrix units, which round factors, want the channels last, and the others want them first.
+    TensorFlow's forward convolution takes a slow path on CPUs for weights that are not constants of the graph. To JAX
+    both are the same. On GPUs matrix units, which round factors, want the channels last, and the others want them
+    first.
     """
     backend = import_keras().backend.backend()
     if backend == "torch":

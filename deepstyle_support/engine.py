@@ -29,7 +29,7 @@ def on_device(weights: Weights, padding: str) -> Network:
 class Networks(dict[str, Network]):
     """The network on the device, by the type of its convolutions' factors; a rounded one is made when it is needed.
 
-    Two convolutions are always in full: rounding them is what the gradient suffers from most.
+    Two convolutions are always in full: of all, rounding them harms the gradient most (docs/design.md).
     """
 
     def __init__(self, weights: Weights, padding: str):
