@@ -8,6 +8,7 @@ usage() {
 usage: sh run.sh CONTENT STYLE [OUTDIR] [flags for deepstyle.py ...]
        sh run.sh CONTENT STYLE STYLE ... OUTDIR [flags for deepstyle.py ...]
        sh run.sh --setup
+       sh run.sh --describe PICTURE
        sh run.sh --info
 
 CONTENT and STYLE are pictures, looked for as given and then in images/.
@@ -15,7 +16,8 @@ The results are OUTDIR/result_image_at_iteration_N.png (OUTDIR: result_image/).
 CONTENT may be a folder of photos: then they are in OUTDIR/PHOTO/ for each.
 STYLE may be a folder of styles: OUTDIR/STYLE/, or OUTDIR/PHOTO/STYLE/.
 --setup only makes the environment and prints the path of its interpreter.
---info prints what the report of a bug needs, of what is there; it installs nothing.
+--describe prints how a picture was made, and a command that makes it again.
+--info prints what the report of a bug needs. It installs nothing.
 DEEPSTYLE_PYTHON names the Python interpreter to use (3.10 to 3.13).
 The flags are in docs/flags.md; "$(sh run.sh --setup)" deepstyle.py --help prints them.
 END
@@ -33,6 +35,7 @@ while [ -L "$self" ]; do
     esac
 done
 here=$(CDPATH='' cd -- "$(dirname -- "$self")" && pwd)
+if [ "$here" = "$(pwd)" ]; then from_here=; else from_here=$here/; fi # the folder's own files, as a person names them
 venv=$here/.venv
 unfinished=$here/.venv-unfinished # there while an installation is under way: what it has said
 
@@ -82,11 +85,7 @@ venv_is_ready() {
 origin() { "$1" -c 'import sys; print(sys.base_prefix)' 2>/dev/null; }
 
 install_packages() {
-    if [ -n "$missing" ]; then # better said before the minutes that this takes
-        say "there is no picture '$missing', neither as given nor in images/"
-        exit 2
-    fi
-    say "installing what deepstyle needs, once: a few minutes, over 2 GB on the disk"
+    say "installing what it needs, once: a few minutes, over 2 GB on the disk"
     clear=
     if [ -e "$unfinished" ] || [ -n "${DEEPSTYLE_PYTHON:-}" ] || ! [ -x "$(interpreter_of "$venv")" ]; then clear=--clear; fi
     trap 'say "interrupted; the same command installs it again"; exit 130' INT
@@ -180,19 +179,21 @@ find_python() {
 # Sets $picture: $1 as given, or else the picture of that name under images/.
 find_picture() {
     picture=$1
-    if [ ! -e "$1" ] && [ -f "$here/images/$1" ]; then picture=$here/images/$1; fi
+    if [ ! -e "$1" ] && [ -f "$here/images/$1" ]; then picture=${from_here}images/$1; fi
 }
 
-# Sets $missing, unless $picture is there.
 need_picture() {
-    if [ ! -e "$picture" ]; then missing=$picture; fi
+    if [ ! -e "$picture" ]; then
+        say "there is no picture '$picture', neither as given nor in images/"
+        exit 2
+    fi
 }
 
 is_flag() { case $1 in -*) true ;; *) false ;; esac; }
 
-missing= # a picture that is not there
 case ${1:-} in
     --setup) find_python; printf '%s\n' "$python"; exit ;;
+    --describe | --version) find_python; exec "$python" "$here/deepstyle.py" "$@" ;;
     --info) find_python_as_it_is; exec "$python" "$here/deepstyle.py" "$@" ;;
     -h | --help) usage; exit ;;
 esac
@@ -228,7 +229,7 @@ for argument; do
     else
         set -- "$@" "$argument/"
     fi
-    if [ $number -eq $given ] && [ $given -eq 2 ]; then set -- "$@" "$here/result_image/"; fi
+    if [ $number -eq $given ] && [ $given -eq 2 ]; then set -- "$@" "${from_here}result_image/"; fi
 done
 find_python
 exec "$python" "$here/deepstyle.py" "$@"

@@ -141,7 +141,10 @@ class Batch:
 
     def begin(self, on: str, source: str, job: Job) -> None:
         """Show what is going to be painted, on what, with weights from where; a new batch has a page at once."""
-        self.show(f"painting {self.counted(len(self.left()))} on {on}; {source}")
+        left, of = len(self.left()), self.counted(len(self.tasks))
+        some = f"{left} of " * (left < len(self.tasks))
+        self.show(f"painting {some}{of} on {on}")
+        self.show(source)
         if not job.resume:  # the page that is there may show more than what is known by now
             self.write_page(job)
 

@@ -8,6 +8,7 @@ import numpy as np
 from deepstyle_support.messages import as_typed, notify
 from deepstyle_support.pictures import Pictures, read_start
 from deepstyle_support.reading import read_picture
+from deepstyle_support.settings import Settings
 from deepstyle_support.transparency import on_colour
 
 from .job import Job
@@ -29,8 +30,9 @@ def read_others(job: Job, common: dict[str, Any] | None = None) -> dict[str, Any
     """
     styles = tuple(on_colour(read_named(path, job), job.settings.background) for path in job.style)
     others = {"styles": styles, **(read_common(job) if common is None else common)}
-    if len(job.style) > len(job.settings.style_weight) and not job.quiet:
-        weight = as_typed(job.settings.style_weight)
+    weights = job.settings.style_weight
+    if len(job.style) > len(weights) and weights != Settings().style_weight and not job.quiet:
+        weight = as_typed(weights)
         notify(f"the --style_weight {weight} is shared out among {len(job.style)} styles")
     return others
 

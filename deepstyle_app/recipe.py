@@ -6,10 +6,12 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+import deepstyle
 from deepstyle import __version__
 from deepstyle_support.backend import import_keras
 from deepstyle_support.convolution import FULL
@@ -94,9 +96,15 @@ class Recipe:
 
 
 def program() -> list[str]:
-    """What a command line begins with: the installed command if that is what runs, else the file in its folder."""
-    is_installed = os.path.basename(sys.argv[0]).removesuffix(".exe") == "deepstyle"
-    return ["deepstyle"] if is_installed else ["python", "deepstyle.py"]
+    """What a command line begins with: the installed command if that is what runs, else the file in its folder.
+
+    There run.sh has made the environment: no other Python has the packages, as far as is known.
+    """
+    if os.path.basename(sys.argv[0]).removesuffix(".exe") == "deepstyle":
+        return ["deepstyle"]
+    interpreter, of_run_sh = Path(sys.executable), Path(deepstyle.__file__).parent / ".venv"
+    is_of_run_sh = Path(sys.prefix).resolve() == of_run_sh.resolve()
+    return ["/".join([".venv", *interpreter.parts[-2:]]) if is_of_run_sh else "python", "deepstyle.py"]
 
 
 def read_text(path: str) -> dict[str, Any]:

@@ -263,7 +263,9 @@ def show_beginning(prepared: Prepared, before: Saved | None, device: str, show: 
         show(where_it_goes_on(before.state if before else None, full.size))
     rounds_no_more = before and before.state.in_full and before.state.size == full.size
     how = describe_precision(settings.precision, FULL if rounds_no_more else prepared.factors)
-    show(f"painting {rows} x {columns} pixels on {device}{how}; {prepared.source}")
+    show(f"painting {rows} x {columns} pixels on {device}{how}")
+    if prepared.source:
+        show(prepared.source)
     show(plan.describe(settings.history))
     if settings.optimizer == "device" and not prepared.bytes_of_curvature:
         show("what L-BFGS learns would be gigabytes and is not kept: after --resume it is learnt again")

@@ -50,22 +50,20 @@ def progress_bar(
     """
     from rich import progress
 
-    # The time left is judged by all evaluations but the first, which has to compile: of large pictures each takes
-    # longer than Rich looks back by itself.
-    left = progress.TimeRemainingColumn(), "left"
+    # An evaluation takes time by its pixels. The time left is judged by all but the first, which has to compile:
+    # of large pictures each takes longer than Rich looks back by itself.
+    work = {size: steps * iterations * math.prod(size) for size, iterations in totals.items()}
+    left = progress.TimeRemainingColumn(), "{task.fields[left]}"
     with moving(console, "{task.description}", progress.BarColumn(), "{task.fields[news]}", *left) as bar:
-        task = bar.add_task("getting ready", total=None, news="")
-        shown_size: tuple[int, int] | None = None
+        task = bar.add_task("getting ready", total=None, news="", left="")
 
         def on_evaluation(at: tuple[int, int], count: int, loss: float) -> None:
-            nonlocal shown_size
-            total = totals[at]
             where = photo + ("" if at == list(totals)[-1] else f"{at[0]} x {at[1]}: ")
-            if at != shown_size:
-                shown_size = at
-                bar.reset(task, total=steps * total)
-            name = f"{where}iteration {min(count // steps + 1, total)}/{total}"
-            bar.update(task, completed=count, description=name, news=f"loss {loss:.4g},")
+            name = f"{where}iteration {min(count // steps + 1, totals[at])}/{totals[at]}"
+            before = sum(work[size] for size in work if math.prod(size) < math.prod(at))
+            done = before + min(count * math.prod(at), work[at])
+            news = f"loss {loss:.4g},"
+            bar.update(task, total=sum(work.values()), completed=done, description=name, news=news, left="left")
 
         yield on_evaluation
 

@@ -102,10 +102,9 @@ def test_a_run_writes_one_picture_per_iteration_and_says_what_it_did(picture_fil
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0
     assert ended.stderr == ""  # none of TensorFlow's chatter
-    first, second, *lines = ended.stdout.splitlines()
-    assert re.fullmatch(
-        r"painting 32 x 42 pixels on \d+ CPU cores? with tensorflow; RANDOM weights, untrained.*", first
-    )
+    first, weights, second, *lines = ended.stdout.splitlines()
+    assert re.fullmatch(r"painting 32 x 42 pixels on \d+ CPU cores? with tensorflow", first)
+    assert weights.startswith("RANDOM weights, untrained")
     assert re.fullmatch(r"as a whole, with about [\d.]+ GB of memory of [\d.]+ GB free", second)
     number = r"[-+.e\d]+"
     for n, line in enumerate(lines, 1):
@@ -146,6 +145,15 @@ def test_early_end_is_said(picture_files, tmp_path, capfd):
     assert main([*picture_files, str(tmp_path / "b"), *flags, "--resume"]) == 0
     assert "the optimiser finds no better picture" in capfd.readouterr().out
     assert not (tmp_path / "b_at_iteration_2.png").exists()
+
+
+def test_a_style_weight_that_is_shared_out_is_said(picture_files, tmp_path, capsys):
+    content, style = picture_files
+    several = [content, style, style, str(tmp_path / "a"), *SMALL]
+    assert main([*several, "--style_weight", "2"]) == 0
+    assert capsys.readouterr().err == "deepstyle: the --style_weight 2.0 is shared out among 2 styles\n"
+    assert main(several) == 0  # nobody has asked for a weight
+    assert capsys.readouterr().err == ""
 
 
 def test_terminal_gets_a_progress_bar(picture_files, tmp_path):
@@ -225,6 +233,20 @@ def show_a_bar_and_a_line():
         advance((32, 42), 7, 12.5)
         notify("a note")
         console.print("iteration 1/1")
+
+
+def test_the_time_left_is_that_of_all_sizes(environment, monkeypatch):
+    environment({})
+
+    def show_the_end_of_the_first_size():
+        with progress_bar(console_for(quiet=False), {(16, 21): 1, (32, 42): 1}, 20) as advance:
+            for count in (1, 20):
+                advance((16, 21), count, 12.5)
+                time.sleep(0.02)
+
+    shown = shown_on_a_terminal(monkeypatch, show_the_end_of_the_first_size)
+    assert "16 x 21: iteration 1/1" in shown
+    assert re.search(r"0:00:0[1-9]\S* \S*left", shown.rpartition("16 x 21")[2])
 
 
 FORCED = [{"FORCE_COLOR": "1"}, {"TTY_INTERACTIVE": "1"}, {"TTY_COMPATIBLE": "1"}, {"COLUMNS": "0"}]
@@ -426,5 +448,5 @@ def test_a_package_that_is_missing_is_one_line_whenever_it_is_needed(picture_fil
     monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     assert run(picture_files, tmp_path / "a") == 1
-    said = "Python has no package scipy; 'sh run.sh' or 'pip install .' installs what is needed"
+    said = "this Python has no package scipy; 'sh run.sh' has one that has all, and 'pip install .' installs them"
     assert capsys.readouterr().err == f"deepstyle: error: {said}\n"

@@ -150,13 +150,13 @@ def test_errors_that_mean_that_memory_ran_out(error, known):
         (
             ModuleNotFoundError(name="keras"),
             "tensorflow",
-            "^Python has no package keras; 'sh run.sh' or 'pip install .' installs",
+            "^this Python has no package keras; 'sh run.sh' has one that has all",
             2,
         ),
         (
             ModuleNotFoundError(name="absl"),
             None,
-            "^Python has no package absl; 'sh run.sh' or 'pip install .' installs",
+            "^this Python has no package absl; 'sh run.sh' has one that has all",
             2,
         ),
         (ImportError("undefined symbol: x"), "jax", "KERAS_BACKEND=jax: it is installed, but broken: undefined", 2),

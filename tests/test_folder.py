@@ -47,8 +47,9 @@ def paint(photos, *flags, out="out"):
 def test_each_photo_gets_the_pictures_that_it_would_get_alone(photos, tmp_path, capsys):
     assert paint(photos) == 0
     out, err = capsys.readouterr()
-    first, *lines = out.splitlines()
+    first, weights, *lines = out.splitlines()
     assert first.startswith("painting 2 photos on ")
+    assert "weights" in weights
     for number, (line, name) in enumerate(zip(lines, ("a.jpg", "b c.png"), strict=True), 1):
         assert line.startswith(f"{number}/2 {name}: loss ")
         assert line.endswith(f" s, {tmp_path}/out/{name}/{LAST}")
@@ -81,7 +82,8 @@ def test_what_fails_is_told_at_the_end_and_stops_nothing(photos, tmp_path, capsy
     monkeypatch.setattr(folder, "run", only_for(photos / "a.jpg", ValueError("a bug"), folder.run))
     assert paint(photos) == 1
     out, err = capsys.readouterr()
-    assert out.splitlines()[1].startswith("2/7 b c.png: loss ")
+    assert out.startswith("painting 2 of 7 photos on ")
+    assert out.splitlines()[2].startswith("2/7 b c.png: loss ")
     at_the_end = err.split("1 of 7 photos are done; the same command with --resume does what is not\n")[1]
     failed = [line.split(": ")[2] for line in at_the_end.splitlines()]
     assert failed == ["a.jpg", "cut.png", "lost.png", "notes.txt", "pipe.png", "tall.png"]
@@ -132,7 +134,7 @@ def test_resume_computes_only_what_is_not_done(photos, tmp_path, capsys, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(run, "paint", None)
         assert paint(photos, "--num_iter", "1", "--resume") == 0
-    lines = capsys.readouterr().out.splitlines()[1:]
+    lines = capsys.readouterr().out.splitlines()[2:]
     assert [line.split(", ")[1] for line in lines] == ["done before"] * 2
     assert before == {path: path.read_bytes() for path in before}
     save(photos / "c.jpg", 4)
@@ -291,7 +293,7 @@ def test_names_of_any_kind_are_kept(photos, tmp_path, capsys):
     assert paint(photos, "--num_iter", "1") == 0
     assert names(tmp_path / "out") == names(photos)
     out = capsys.readouterr().out
-    assert len(out.splitlines()) == 1 + len(odd) + 2
+    assert len(out.splitlines()) == 2 + len(odd) + 2
     assert "\x1b" not in out
 
 

@@ -88,11 +88,11 @@ def test_without_any_package_the_page_is_there_and_names_them(tmp_path):
     assert (ended.returncode, ended.stderr) == (0, "")
     said = said_on(ended.stdout)
     assert said["numpy"] == "absent; 'sh run.sh' brings it"
-    assert said["device"].startswith("unknown: Python has no package ")
+    assert said["device"].startswith("unknown: this Python has no package ")
     assert said["Python"].startswith(platform.python_version())
     ended = subprocess.run([python, str(SCRIPT), "a", "b", "c"], **run)
     assert ended.returncode == 1
-    assert re.fullmatch("deepstyle: error: Python has no package .*\n", ended.stderr)
+    assert re.fullmatch("deepstyle: error: this Python has no package .*\n", ended.stderr)
 
 
 def stand_in(folder, name, code, monkeypatch):

@@ -12,6 +12,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import forked
 import imageio.v3
@@ -58,6 +59,12 @@ def test_every_leaves_a_state_to_go_on_from_after_each_iteration(picture_files, 
     monkeypatch.setattr(np, "savez", lambda file, **state: saved.append(state["iteration"]) or savez(file, **state))
     assert run_quietly(picture_files, tmp_path / "a", "--num_iter", 3, "--every", 10) == 0
     assert saved == [1, 2, 3]
+
+
+@pytest.fixture(autouse=True)
+def another_python(monkeypatch, tmp_path):
+    """What runs the tests is another Python than that of run.sh."""
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
 
 
 def test_a_picture_says_how_it_was_made_and_the_command_makes_it_again(picture_files, tmp_path, capsys):
@@ -168,6 +175,14 @@ def test_the_command_has_the_plan_that_was_made_and_not_the_memory_it_was_made_f
     assert command_in(recipe.as_text()).endswith(" out --history 7 --tile 512 --allow_large")
     recipe = Recipe.of(job_of([*picture_files, "out", "--min_improvement", "5"]), engine)
     assert "min_improvement" not in command_in(recipe.as_text())  # it made no picture
+
+
+def test_the_command_names_the_python_of_run_sh_if_that_is_what_runs(picture_files, monkeypatch):
+    text = Recipe.of(job_of([*picture_files, "out"]), Engine(Plan(None, 10), {})).as_text()
+    monkeypatch.setattr(sys, "prefix", str(Path(deepstyle.__file__).parent / ".venv"))
+    for interpreter in ("bin/python3", "Scripts/python.exe"):
+        monkeypatch.setattr(sys, "executable", f"/somewhere/.venv/{interpreter}")
+        assert command_in(text).startswith(f".venv/{interpreter} deepstyle.py ")
 
 
 @pytest.mark.parametrize(

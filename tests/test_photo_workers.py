@@ -33,7 +33,7 @@ pytestmark = pytest.mark.xdist_group("ray")  # which is started once
 
 LAST = "result_image_at_iteration_2.png"
 NAMES = ["a.jpg", "b.jpg", "c.png"]
-UNTRAINED = "; RANDOM weights, untrained: the picture will be no style transfer"
+UNTRAINED = "RANDOM weights, untrained: the picture will be no style transfer"
 
 
 def save(path, seed=1, rows=48, columns=64):
@@ -144,8 +144,8 @@ def test_each_photo_gets_the_pictures_that_it_would_get_alone(paint, photos, tmp
     assert paint() == 0
     out, err = capfd.readouterr()
     assert err == ""
-    first, *lines = out.splitlines()
-    assert first == f"painting 3 photos on two workers{UNTRAINED}"
+    first, weights, *lines = out.splitlines()
+    assert (first, weights) == ("painting 3 photos on two workers", UNTRAINED)
     assert len(lines) == 3
     for number, name in enumerate(NAMES, 1):
         how = rf"{number}/3 {name}: loss \S+, \d+\.\d s, {tmp_path}/out/{name}/{LAST}"
@@ -520,7 +520,7 @@ def test_the_command_itself_paints_what_one_process_would_and_a_stop_leaves_no_p
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143
     assert re.fullmatch(
-        rf"painting 3 photos on 2 workers with \d+ CPU cores? each of this machine, .*{UNTRAINED}\n", out
+        rf"painting 3 photos on 2 workers with \d+ CPU cores? each of this machine, .*\n{UNTRAINED}\n", out
     )
     *said, counted = err.splitlines()
     assert counted == "deepstyle: 0 of 3 photos are done; the same command with --resume does what is not"
@@ -532,7 +532,7 @@ def test_the_command_itself_paints_what_one_process_would_and_a_stop_leaves_no_p
         np.testing.assert_array_equal(pixels(first), pixels(tmp_path / "alone" / name / first.name))
         said = describe(first, capfd)
         assert "\nexact: True\n" in said
-        assert said.splitlines()[-1].startswith(f"python deepstyle.py photos/{name} style.png out/{name}/ ")
+        assert f"python deepstyle.py photos/{name} style.png out/{name}/ " in said.splitlines()[-1]
 
 
 @needs_two_cores
@@ -639,7 +639,7 @@ def test_a_cluster_that_is_there_paints_a_folder_wherever_it_was_started(cluster
     process = start(photos, *flags, narrow=True, RAY_ADDRESS=cluster, RAY_AUTH_MODE="disabled")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
-    first, *lines = out.splitlines()
+    first, _, *lines = out.splitlines()
     assert first.startswith("painting 3 photos on 2 workers with 1 CPU core each of 1 machine, with ")
     assert sorted(line.split(": loss ")[0] for line in lines) == ["1/3 a.jpg", "2/3 b.jpg", "3/3 c.png"]
     assert left_of(photos, process) == []

@@ -111,7 +111,7 @@ def test_the_parser_takes_every_command_of_a_page(page, monkeypatch):
 def test_commands_are_found_in_the_pages():
     found = [shlex.join(words) for page in PAGES for words in commands_of(page)]
     assert "rocket.jpg composition_viii.jpg rocket_composition" in found
-    assert "--describe PREFIX_at_iteration_7.png" in found
+    assert "--describe my_folder/result_image_at_iteration_7.png" in found
     assert "CONTENT STYLE PREFIX --quiet --max_memory 8 --resume" in found  # what a job of Slurm runs
     assert len(found) >= 45
 

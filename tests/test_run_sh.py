@@ -51,14 +51,13 @@ def clone(tmp_path):
     return clone
 
 
-def run(clone, *arguments, **environment):
-    """(status, stdout, stderr, what the interpreters were asked for)"""
-    folder = clone.parent
-    log = folder / "log"
+def run(clone, *arguments, folder=None, **environment):
+    """(status, stdout, stderr, what the interpreters were asked for); it is called in `folder`, or beside the clone."""
+    log = clone.parent / "log"
     log.write_text("")
-    environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "LOG": str(log)} | environment
+    environment = {"PATH": f"{clone.parent / 'bin'}:/usr/bin:/bin", "LOG": str(log)} | environment
     command = ["sh", str(clone / "run.sh"), *arguments]
-    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=folder or clone.parent, env=environment, capture_output=True, text=True)
     return ended.returncode, ended.stdout, ended.stderr, log.read_text()
 
 
@@ -76,7 +75,7 @@ def test_first_use_installs_and_later_uses_start_at_once(clone):
     status, out, err, log = run(clone, "a.jpg", "b.jpg")
     assert status == 0
     assert err == (
-        "run.sh: installing what deepstyle needs, once: a few minutes, over 2 GB on the disk\n"
+        "run.sh: installing what it needs, once: a few minutes, over 2 GB on the disk\n"
         f"run.sh: installed in {clone}/.venv\n"
     )
     assert "-m pip install" in log
@@ -148,17 +147,25 @@ def test_picture_is_looked_for_as_given_and_then_in_images(clone, tmp_path):
     _, out, _, _ = run(clone, "shipped.jpg", "a.jpg", "out dir")
     assert out == f"ran: {clone}/deepstyle.py {clone}/images/shipped.jpg a.jpg out dir/\n"
     (tmp_path / "shipped.jpg").touch()
-    _, out, _, _ = run(clone, "shipped.jpg", "none.jpg", "out dir")  # of which the program says what is wrong
-    assert out == f"ran: {clone}/deepstyle.py shipped.jpg none.jpg out dir/\n"
+    _, out, _, _ = run(clone, "shipped.jpg", "b.jpg", "out dir")
+    assert out == f"ran: {clone}/deepstyle.py shipped.jpg b.jpg out dir/\n"
+
+
+def test_in_the_programs_own_folder_its_files_are_named_as_a_person_would(clone):
+    (clone / "own.jpg").touch()
+    _, out, _, _ = run(clone, "shipped.jpg", "own.jpg", folder=clone)
+    assert out == f"ran: {clone}/deepstyle.py images/shipped.jpg own.jpg result_image/\n"
 
 
 @pytest.mark.parametrize("given", [("none.jpg", "b.jpg"), ("a.jpg", "none.jpg"), ("a.jpg", "none.jpg", "b.jpg", "out")])
-def test_a_picture_that_is_not_there_is_told_before_anything_is_installed(clone, given):
-    status, out, err, log = run(clone, *given)
-    assert (status, out) == (2, "")
-    assert err == "run.sh: there is no picture 'none.jpg', neither as given nor in images/\n"
-    assert "-m " not in log
-    assert not (clone / ".venv-unfinished").exists()
+def test_a_picture_that_is_not_there_is_told_whether_or_not_anything_is_installed(clone, given):
+    for is_installed in (False, True):
+        status, out, err, log = run(clone, *given)
+        assert (status, out) == (2, "")
+        assert err == "run.sh: there is no picture 'none.jpg', neither as given nor in images/\n"
+        assert "-m " not in log
+        assert (clone / ".venv").exists() == is_installed
+        run(clone, "--setup")
 
 
 @pytest.mark.parametrize(
@@ -220,13 +227,13 @@ def on_a_terminal(clone, interrupt_at=None, **environment):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), shown.decode()
 
 
-@pytest.mark.parametrize(("arguments", "said"), [(("a.jpg", "b.jpg", ""), "OUTDIR is empty"), (("", "b.jpg"), "")])
-def test_an_empty_argument_stands_for_no_folder(clone, arguments, said):
-    run(clone, "--setup")
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(("a.jpg", "b.jpg", ""), "OUTDIR is empty"), (("", "b.jpg"), "there is no picture ''")]
+)
+def test_an_empty_argument_stands_for_nothing(clone, arguments, said):
     status, out, err, _ = run(clone, *arguments)
     assert said in err
-    assert f"{clone}/images/ " not in out
-    assert (status, out) == (2, "") if said else out.startswith(f"ran: {clone}/deepstyle.py  b.jpg")
+    assert (status, out) == (2, "")
 
 
 def test_the_content_may_be_a_folder_of_photos(clone, tmp_path):
@@ -270,6 +277,12 @@ def test_too_few_pictures_are_told_in_one_line(clone, arguments):
     assert (status, out, log) == (2, "", "")
     assert err.startswith("run.sh: name two pictures, CONTENT and STYLE, ")
     assert len(err.splitlines()) == 1
+
+
+def test_how_a_picture_was_made_is_asked_of_the_interpreter_that_runs_use(clone):
+    _, out, _, _ = run(clone, "--describe", "out dir/shipped.jpg")
+    assert out == f"ran: {clone}/deepstyle.py --describe out dir/shipped.jpg\n"
+    assert run(clone, "--version")[1] == f"ran: {clone}/deepstyle.py --version\n"
 
 
 def test_setup_prints_the_interpreter(clone):
@@ -333,9 +346,9 @@ def test_the_program_finds_its_modules_and_no_others(among_strangers, program, o
 
 @pytest.mark.parametrize("safe", [{}, {"PYTHONSAFEPATH": "1"}])
 def test_run_sh_finds_the_packages_and_the_programs_modules_and_no_others(clone, among_strangers, safe):
-    status, out, err, log = run(clone, "none.jpg", "none.jpg", "out", VIRTUAL_ENV=sys.prefix, **safe)
+    status, out, err, log = run(clone, "a.jpg", "b.jpg", "out", VIRTUAL_ENV=sys.prefix, **safe)
     assert (status, out, log) == (2, "", "")  # without an installation
-    assert "error: cannot read the picture 'none.jpg'" in err
+    assert "error: 'a.jpg' is no picture" in err
 
 
 def test_an_import_of_the_program_changes_no_search_path():

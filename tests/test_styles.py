@@ -40,7 +40,7 @@ def results(folder):
 
 def test_a_photo_is_made_in_each_style_of_a_folder(folders, capsys):
     assert paint(folders, "photos/a.jpg", "styles") == 0
-    first, *lines = capsys.readouterr().out.splitlines()
+    first, _, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith("painting 2 pictures on ")
     assert [line.split(": ")[0] for line in lines] == ["1/2 dots.png", "2/2 wave.png"]
     assert results(folders / "out") == [f"{style}/{LAST}" for style in ("dots.png", "wave.png")]
@@ -107,7 +107,7 @@ def test_resume_makes_only_the_pairs_that_are_not_there(folders, capsys):
     save(folders / "styles" / "new.png", 5)
     capsys.readouterr()
     assert paint(folders, "photos/a.jpg", "styles", "--resume") == 0
-    lines = capsys.readouterr().out.splitlines()[1:]
+    lines = capsys.readouterr().out.splitlines()[2:]
     assert [line.split(", ")[1] == "done before" for line in lines] == [True, False, True]
     assert (folders / "out" / "wave.png" / LAST).stat().st_mtime_ns == before
 

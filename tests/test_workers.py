@@ -266,7 +266,7 @@ def test_a_run_goes_on_with_another_number_of_workers_and_a_stop_saves_the_pictu
         os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143
-    first, second, third, *iterations = out.splitlines()
+    first, second, _, third, *iterations = out.splitlines()
     assert first == "going on after iteration 1"
     assert second.startswith("painting 32 x 42 pixels on 2 workers with 1 CPU core each of this machine, with ")
     assert third.startswith("in tiles of at most 32 pixels, ")
@@ -280,7 +280,7 @@ def test_a_run_goes_on_with_another_number_of_workers_and_a_stop_saves_the_pictu
     assert run(picture_files, prefix, "--num_iter", done + 1, "--resume") == 0
     assert capfd.readouterr().out.startswith(f"going on after iteration {done}\n")
     by_two, by_one = (describe(f"{prefix}_at_iteration_{number}.png", capfd) for number in (2, done + 1))
-    assert re.search(r"\npython deepstyle.py \S+ \S+ \S+ .*--tile 32 --workers 2\n", by_two)
+    assert re.search(r"python deepstyle.py \S+ \S+ \S+ .*--tile 32 --workers 2\n", by_two)
     assert "--workers" not in by_one
     assert "comes close to it" in by_two  # what a run that went on would be by other processes' rounding is not known
 
