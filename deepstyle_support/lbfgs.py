@@ -27,6 +27,7 @@ from .messages import UserError
 Tensor = Any  # one of the backend's
 Evaluate = Callable[[Tensor], Any]  # gives what has a `loss`, a float, and a `gradient`, a tensor
 MIN_DECREASE, MIN_FLATTENING = 1e-3, 0.9  # of Wolfe's conditions, as in SciPy's L-BFGS-B
+FIRST_LEVELS = 5.0  # grey levels, root mean square, that SciPy's first step changes pixels by, within a factor of 1.5
 FIRST_STEP = 20.0  # grey levels that the first step changes a pixel by at most; nothing is known of the curvature yet
 MAX_TRIALS = 20  # evaluations of a line search, as in SciPy's
 MAX_KEPT = 2e9  # bytes of the curvature that are written at the end of a run
@@ -174,7 +175,8 @@ def scipy_lbfgs(
 ) -> Generator[tuple[np.ndarray, Any, None], None, None]:
     """Every point that SciPy's L-BFGS-B accepts, the start first; `evaluate` may raise whatever ends it.
 
-    It works on the host in float64, and neither gives away the curvature that it has found, nor can be given one.
+    It works on the host in float64, and neither gives away the curvature that it has found, nor can be given one. Its
+    first step has the length 1, so it is told x in units in which that is some grey levels a pixel, and not 0.002.
 
     L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995) with `history` corrections runs once for the whole job, so that what it has
     learnt of the curvature survives from one iteration to the next, and with its own convergence tests off. When it
@@ -183,8 +185,11 @@ def scipy_lbfgs(
     """
     from scipy import optimize
 
+    # A power of two: x in grey levels comes back as it was, to the bit.
+    unit = 2.0 ** round(math.log2(FIRST_LEVELS * math.sqrt(start.size)))
+
     def optimise(hand_over: Callable, closed: threading.Event) -> None:
-        loss = FlatLoss(evaluate, start.shape, hand_over, closed)
+        loss = FlatLoss(evaluate, start.shape, unit, hand_over, closed)
 
         def solve(flat: np.ndarray) -> tuple[np.ndarray, float]:
             options = {"ftol": 0, "gtol": 0, "maxiter": sys.maxsize, "maxfun": sys.maxsize, "maxcor": history}
@@ -198,7 +203,7 @@ def scipy_lbfgs(
             # Not all of it: it refers to the corrections, which would stay while the next run makes its own.
             return result.x, result.fun
 
-        (flat, least), fruitless = solve(np.asarray(start, np.float64).ravel()), 0
+        (flat, least), fruitless = solve(np.asarray(start, np.float64).ravel() / unit), 0
         while restarts() and fruitless < 2:
             before = least
             flat, least = solve(flat)
@@ -208,10 +213,13 @@ def scipy_lbfgs(
 
 
 class FlatLoss:
-    """The loss as SciPy asks for it, of (H * W * 3,) float64, which hands over each point that SciPy accepts."""
+    """The loss as SciPy asks for it, of (H * W * 3,) float64 in a unit; it hands over what is accepted."""
 
-    def __init__(self, evaluate: Evaluate, shape: tuple[int, ...], hand_over: Callable, closed: threading.Event):
-        self.evaluate, self.shape, self.hand_over, self.closed = evaluate, shape, hand_over, closed
+    def __init__(
+        self, evaluate: Evaluate, shape: tuple[int, ...], unit: float, hand_over: Callable, closed: threading.Event
+    ):
+        self.evaluate, self.shape, self.unit, self.hand_over, self.closed = evaluate, shape, unit, hand_over, closed
+        self.x: Any = None  # (H, W, 3) in grey levels, of the latest evaluation
         self.latest: Any = None  # evaluation
         self.accepted: Any = None  # the latest point, and its evaluation without the gradient
         self.shift = 0.0  # by which SciPy is told less than the loss
@@ -219,7 +227,8 @@ class FlatLoss:
     def at(self, flat: np.ndarray) -> float:
         if self.closed.is_set():
             raise Closed
-        self.latest = self.evaluate(flat.reshape(self.shape))
+        self.x = self.unit * flat.reshape(self.shape)
+        self.latest = self.evaluate(self.x)
         if self.accepted is None:
             self.accept(flat, self.latest.loss)
         elif self.latest.in_full != self.accepted[1].in_full:
@@ -232,13 +241,15 @@ class FlatLoss:
 
     def gradient_at(self, flat: np.ndarray) -> np.ndarray:
         # SciPy asks for it where it has just asked for the loss. Given both at once, it keeps one more copy of x.
-        return self.latest.gradient.ravel()
+        gradient = self.unit * self.latest.gradient.ravel()
+        self.latest = dataclasses.replace(self.latest, gradient=None)  # as large as the picture
+        return gradient
 
     def accept(self, flat: np.ndarray, loss: float) -> None:
         """The line search stops at the point that it accepts, so the latest evaluation is that point's."""
         assert loss == self.latest.loss - self.shift
         # Without the gradient, which is as large as the picture.
-        self.accepted = flat.reshape(self.shape).copy(), dataclasses.replace(self.latest, gradient=None)
+        self.accepted = self.x, dataclasses.replace(self.latest, gradient=None)
         self.hand_over((*self.accepted, None))
 
 

@@ -9,32 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import for_scripts
+from test_objective import pictures
 
 import deepstyle
+from deepstyle_support.weights import random_weights
 
 SCRIPT = Path(deepstyle.__file__)
 EVALUATE = """
 import sys
-import numpy as np
-import deepstyle
 from conftest import FULL, use_network
-from deepstyle_support.weights import random_weights
-from test_objective import pictures
+from test_backends import evaluate
 
 folder, width, *cases = sys.argv[1:]
 if width == "full":
     use_network(FULL)
-for case in cases:
-    kind, pool_type, padding, tile = case.split()
-    content, style, x = pictures(40, 224)
-    options = {"weights": random_weights(0), "pool_type": pool_type, "padding": padding, "tile": tile}
-    objective = deepstyle.Objective(content, style, **options)
-    loss, gradient = objective(x)
-    np.savez(f"{folder}/{case}.npz", loss=loss, gradient=gradient)
-    if kind == "device":
-        points = deepstyle.minimise(objective, deepstyle.State(x), "device", history=3)
-        losses = [next(points).evaluation.loss for _ in range(2)]
-        np.savez(f"{folder}/{case} losses.npz", losses=losses)
+evaluate(folder, cases)
 """
 # What differs from one backend to the next: convolutions, their gradient at the border, pooling, and the optimiser's
 # vectors; what is compiled for one shape takes JAX three seconds, so most are tried among the endurance tests.
@@ -42,17 +31,35 @@ SHORT = ["device ave zeros off", "loss ave edge off"]
 LONG = [f"{kind} {tile}" for kind in ("device ave zeros", "loss max zeros", "loss ave edge") for tile in ("off", "112")]
 
 
+def evaluate(folder, cases):
+    """Write to the folder what the backend that is loaded finds, in each case."""
+    for case in cases:
+        kind, pool_type, padding, tile = case.split()
+        content, style, x = pictures(40, 224)
+        options = {"weights": random_weights(0), "pool_type": pool_type, "padding": padding, "tile": tile}
+        objective = deepstyle.Objective(content, style, **options)
+        loss, gradient = objective(x)
+        np.savez(f"{folder}/{case}.npz", loss=loss, gradient=gradient)
+        if kind == "device":
+            points = deepstyle.minimise(objective, deepstyle.State(x), "device", history=3)
+            losses = [next(points).evaluation.loss for _ in range(2)]
+            np.savez(f"{folder}/{case} losses.npz", losses=losses)
+
+
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 @pytest.mark.parametrize(
     ("width", "cases"), [("narrow", SHORT), pytest.param("full", LONG, marks=pytest.mark.endurance)]
 )
-def test_loss_gradient_and_the_devices_optimiser_agree_across_backends(tmp_path, backend, width, cases):
+def test_loss_gradient_and_the_devices_optimiser_agree_across_backends(tmp_path, backend, width, cases, request):
     if not importlib.util.find_spec(backend):
         pytest.skip(f"{backend} is not installed")
     for name in ("tensorflow", backend):
         (tmp_path / name).mkdir()
-        command = [sys.executable, "-c", EVALUATE, str(tmp_path / name), width, *cases]
-        subprocess.run(command, env=for_scripts(KERAS_BACKEND=name), check=True)
+    command = [sys.executable, "-c", EVALUATE, str(tmp_path / backend), width, *cases]
+    subprocess.run(command, env=for_scripts(KERAS_BACKEND=backend), check=True)
+    if width == "full":
+        request.getfixturevalue("full_network")
+    evaluate(tmp_path / "tensorflow", cases)
     for case in cases:
         expected, got = (np.load(tmp_path / name / f"{case}.npz") for name in ("tensorflow", backend))
         assert got["loss"] == pytest.approx(float(expected["loss"]), rel=1e-5)
@@ -74,7 +81,7 @@ def test_the_command_runs_on_the_backend(picture_files, tmp_path, backend):
     command += ["--image_size", "32", "--num_iter", "1", "--tile", "off"]
     ended = subprocess.run(command, env=for_scripts(KERAS_BACKEND=backend), capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert f"with {backend}; RANDOM" in ended.stdout
+    assert f"with {backend}\nRANDOM" in ended.stdout
     assert (tmp_path / "a_at_iteration_1.png").exists()
 
 

@@ -16,6 +16,7 @@ import deepstyle
 from deepstyle import Pictures, Settings, State, UserError, minimise, stages_of
 from deepstyle_support.engine import Engine
 from deepstyle_support.images import MEAN_BGR, enlarge, resize
+from deepstyle_support.lbfgs import scipy_lbfgs
 from deepstyle_support.memory import Plan
 
 
@@ -35,6 +36,7 @@ class Rosenbrock:
 
 
 START = np.linspace(-2, 2, 48).reshape(4, 4, 3)
+UNIT = 32  # of x as SciPy is told it, a power of two near 5 * sqrt(48): a step of length 1 is 5 grey levels a pixel
 
 
 def minimised(function, start=START, watch=None, **options):
@@ -53,16 +55,16 @@ def test_points_are_those_of_one_uninterrupted_lbfgs():
     function, accepted, evaluations = Rosenbrock(), [], []
 
     def callback(intermediate_result):
-        accepted.append(intermediate_result.x.copy())
+        accepted.append(UNIT * intermediate_result.x)
         evaluations.append(len(function.asked))
 
     def rosen(flat):
-        function.evaluate(flat)
-        return optimize.rosen(flat), optimize.rosen_der(flat)
+        function.evaluate(UNIT * flat)
+        return optimize.rosen(UNIT * flat), UNIT * optimize.rosen_der(UNIT * flat)
 
     def solve(**tests):
         options = {"maxfun": 100_000, "maxiter": 100_000, **tests}
-        optimize.minimize(rosen, START.ravel(), jac=True, method="L-BFGS-B", callback=callback, options=options)
+        optimize.minimize(rosen, START.ravel() / UNIT, jac=True, method="L-BFGS-B", callback=callback, options=options)
 
     solve()
     where_scipy_would_end = len(function.asked)
@@ -76,6 +78,20 @@ def test_points_are_those_of_one_uninterrupted_lbfgs():
     np.testing.assert_array_equal(points[0].x, START)
     for point, x in zip(points[1:], expected, strict=True):
         np.testing.assert_array_equal(point.x.ravel(), x)
+
+
+def test_scipys_first_step_moves_a_pixel_by_some_grey_levels():
+    """And not by 0.002, from which it would take five evaluations to find out how far to go."""
+
+    def steep(x):
+        asked.append(x)
+        return evaluation_of(1e9 * float(np.square(x).sum()), 2e9 * x)
+
+    for pixels in (1, 100, 1000):
+        asked: list = []
+        points = scipy_lbfgs(steep, np.full((pixels, 4, 3), 100.0), 5)
+        next(points), next(points)
+        assert 3.5 < math.sqrt(np.square(asked[1] - asked[0]).mean()) < 7.1
 
 
 def test_an_iteration_is_twenty_evaluations():
