@@ -283,8 +283,8 @@ def test_resume_goes_on_to_the_iterations_now_given(picture_files, tmp_path, cap
     assert run(picture_files, tmp_path / "a", "--num_iter", "4", "--resume") == 0
     said = capfd.readouterr().out.splitlines()
     assert said[0] == "going on after iteration 2"
-    assert said[3].startswith("iteration 3/4: ")
-    assert said[4].startswith("iteration 4/4: ")
+    assert said[4].startswith("iteration 3/4: ")
+    assert said[5].startswith("iteration 4/4: ")
     assert (tmp_path / "a_at_iteration_2.png").read_bytes() == before
     with np.load(tmp_path / "a_state.npz") as state:
         losses = state["losses"][:, 0]

@@ -12,7 +12,6 @@ import resource
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import forked
 import imageio.v3
@@ -175,14 +174,6 @@ def test_the_command_has_the_plan_that_was_made_and_not_the_memory_it_was_made_f
     assert command_in(recipe.as_text()).endswith(" out --history 7 --tile 512 --allow_large")
     recipe = Recipe.of(job_of([*picture_files, "out", "--min_improvement", "5"]), engine)
     assert "min_improvement" not in command_in(recipe.as_text())  # it made no picture
-
-
-def test_the_command_names_the_python_of_run_sh_if_that_is_what_runs(picture_files, monkeypatch):
-    text = Recipe.of(job_of([*picture_files, "out"]), Engine(Plan(None, 10), {})).as_text()
-    monkeypatch.setattr(sys, "prefix", str(Path(deepstyle.__file__).parent / ".venv"))
-    for interpreter in ("bin/python3", "Scripts/python.exe"):
-        monkeypatch.setattr(sys, "executable", f"/somewhere/.venv/{interpreter}")
-        assert command_in(text).startswith(f".venv/{interpreter} deepstyle.py ")
 
 
 @pytest.mark.parametrize(

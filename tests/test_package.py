@@ -122,16 +122,20 @@ def test_the_installed_command_says_its_version(installed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("run_as", "begins"),
+    ("run_as", "by", "begins"),
     [
-        ("/a folder/bin/deepstyle", ["deepstyle"]),
-        ("deepstyle.exe", ["deepstyle"]),
-        ("deepstyle.py", ["python", "deepstyle.py"]),
-        ("/deepstyle/paint.py", ["python", "deepstyle.py"]),  # a link to it
+        ("/a folder/bin/deepstyle", "/a folder/bin/python", ["deepstyle"]),
+        ("deepstyle.exe", "/a folder/python.exe", ["deepstyle"]),
+        ("deepstyle.py", "/usr/bin/python", ["python", "deepstyle.py"]),
+        ("/deepstyle/paint.py", "/usr/bin/python", ["python", "deepstyle.py"]),  # a link to it
+        ("deepstyle.py", f"{ROOT}/.venv/bin/python", [".venv/bin/python", "deepstyle.py"]),  # which run.sh has made
+        ("deepstyle.py", f"{ROOT}/.venv/Scripts/python.exe", [".venv/Scripts/python.exe", "deepstyle.py"]),
     ],
 )
-def test_a_command_that_is_printed_is_one_that_works_where_it_is_printed(monkeypatch, run_as, begins):
+def test_a_command_that_is_printed_is_one_that_works_where_it_is_printed(monkeypatch, run_as, by, begins):
     monkeypatch.setattr(sys, "argv", [run_as, "--describe", "a.png"])
+    monkeypatch.setattr(sys, "executable", by)
+    monkeypatch.setattr(sys, "prefix", str(Path(by).parent.parent))
     assert program() == begins
 
 
