@@ -300,7 +300,7 @@ def why_nothing_to_do(before: Saved, prepared: Prepared) -> str:
     if state.size != prepared.stages[-1].size:
         return ""
     if state.iteration >= settings.num_iter:
-        return f"{state.iteration} iterations are done; a larger --num_iter goes on from there"
+        return f"iteration {state.iteration} is done; a larger --num_iter goes on from there"
     if has_enough(state, settings) and (state.in_full or prepared.factors == FULL):
         least = f"the last iteration improved by less than {settings.min_improvement} %"
         return f"{least}; a smaller --min_improvement goes on from there"

@@ -296,7 +296,7 @@ def test_resume_with_nothing_left_to_do_says_so(picture_files, tmp_path, capfd):
     assert run(picture_files, tmp_path / "a") == 0
     capfd.readouterr()
     assert run(picture_files, tmp_path / "a", "--resume") == 0
-    assert "nothing to do: 2 iterations are done" in capfd.readouterr().err
+    assert "nothing to do: iteration 2 is done" in capfd.readouterr().err
 
 
 def test_resume_of_nothing_is_a_new_run(picture_files, tmp_path, capfd):

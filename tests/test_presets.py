@@ -95,7 +95,7 @@ def test_a_picture_and_its_log_hold_the_flags_and_not_the_presets_name(small_pre
 def test_a_run_with_a_preset_is_gone_on_with_by_the_preset_or_its_flags(small_preset, picture_files, tmp_path, capsys):
     assert paint(picture_files, tmp_path / "a", "--preset", "good") == 0
     assert main([*picture_files, str(tmp_path / "a"), "--weights", "random", "--preset", "good", "--resume"]) == 0
-    assert "nothing to do: 1 iterations are done" in capsys.readouterr().err
+    assert "nothing to do: iteration 1 is done" in capsys.readouterr().err
     assert paint(picture_files, tmp_path / "a", *FLAGS, "--num_iter", "2", "--resume") == 0
     assert (tmp_path / "a_at_iteration_2.png").exists()
 
