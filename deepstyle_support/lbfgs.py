@@ -177,6 +177,8 @@ def scipy_lbfgs(
 
     It works on the host in float64, and neither gives away the curvature that it has found, nor can be given one. Its
     first step has the length 1, so it is told x in units in which that is some grey levels a pixel, and not 0.002.
+    Where it forgets what it has learnt, it goes as far as its gradient is long: so it is told a loss whose gradient has
+    the length 1 at the start, and is shorter later.
 
     L-BFGS-B (Byrd, Lu, Nocedal & Zhu 1995) with `history` corrections runs once for the whole job, so that what it has
     learnt of the curvature survives from one iteration to the next, and with its own convergence tests off. When it
@@ -185,8 +187,7 @@ def scipy_lbfgs(
     """
     from scipy import optimize
 
-    # A power of two: x in grey levels comes back as it was, to the bit.
-    unit = 2.0 ** round(math.log2(FIRST_LEVELS * math.sqrt(start.size)))
+    unit = power_of_two(FIRST_LEVELS * math.sqrt(start.size))
 
     def optimise(hand_over: Callable, closed: threading.Event) -> None:
         loss = FlatLoss(evaluate, start.shape, unit, hand_over, closed)
@@ -195,7 +196,7 @@ def scipy_lbfgs(
             options = {"ftol": 0, "gtol": 0, "maxiter": sys.maxsize, "maxfun": sys.maxsize, "maxcor": history}
 
             def callback(intermediate_result: optimize.OptimizeResult) -> None:
-                loss.accept(intermediate_result.x, intermediate_result.fun)
+                loss.accept(intermediate_result.fun)
 
             result = optimize.minimize(
                 loss.at, flat, jac=loss.gradient_at, method="L-BFGS-B", callback=callback, options=options
@@ -212,6 +213,11 @@ def scipy_lbfgs(
     return as_generator(optimise)
 
 
+def power_of_two(number: float) -> float:
+    """The nearest: what is multiplied by it, and divided again, is to the bit what it was."""
+    return 2.0 ** round(math.log2(number))
+
+
 class FlatLoss:
     """The loss as SciPy asks for it, of (H * W * 3,) float64 in a unit; it hands over what is accepted."""
 
@@ -223,6 +229,7 @@ class FlatLoss:
         self.latest: Any = None  # evaluation
         self.accepted: Any = None  # the latest point, and its evaluation without the gradient
         self.shift = 0.0  # by which SciPy is told less than the loss
+        self.scale = 1.0  # by which it is multiplied then
 
     def at(self, flat: np.ndarray) -> float:
         if self.closed.is_set():
@@ -230,24 +237,31 @@ class FlatLoss:
         self.x = self.unit * flat.reshape(self.shape)
         self.latest = self.evaluate(self.x)
         if self.accepted is None:
-            self.accept(flat, self.latest.loss)
+            steepness = self.unit * float(np.linalg.norm(self.latest.gradient))
+            self.scale = 1 / power_of_two(steepness) if steepness else 1.0
+            self.accept(self.told)
         elif self.latest.in_full != self.accepted[1].in_full:
             # In the other precision all losses are others: what a step brings is seen where both are of the same.
             x, before = self.accepted
             again = self.evaluate(x)
             self.shift = again.loss - before.loss
             self.accepted = x, dataclasses.replace(again, gradient=None)
-        return self.latest.loss - self.shift
+        return self.told
+
+    @property
+    def told(self) -> float:
+        """What SciPy is told of the latest evaluation's loss."""
+        return self.scale * (self.latest.loss - self.shift)
 
     def gradient_at(self, flat: np.ndarray) -> np.ndarray:
         # SciPy asks for it where it has just asked for the loss. Given both at once, it keeps one more copy of x.
-        gradient = self.unit * self.latest.gradient.ravel()
-        self.latest = dataclasses.replace(self.latest, gradient=None)  # as large as the picture
-        return gradient
+        gradient = self.latest.gradient
+        self.latest = dataclasses.replace(self.latest, gradient=None)
+        return np.multiply(gradient, self.scale * self.unit, out=gradient).ravel()  # nobody else has it
 
-    def accept(self, flat: np.ndarray, loss: float) -> None:
+    def accept(self, told: float) -> None:
         """The line search stops at the point that it accepts, so the latest evaluation is that point's."""
-        assert loss == self.latest.loss - self.shift
+        assert told == self.told
         # Without the gradient, which is as large as the picture.
         self.accepted = self.x, dataclasses.replace(self.latest, gradient=None)
         self.hand_over((*self.accepted, None))

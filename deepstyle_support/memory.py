@@ -288,9 +288,9 @@ def needed_memory(size: Size, tile: int | None, history: int, settings: Settings
     if settings.padding == "edge":
         # Each kernel's outer lines and corners once more, 16 of in x out, and those for the gradient.
         computing += 4 * 2 * 16 * sum(inputs * outputs for inputs, outputs in itertools.pairwise((3, *layers.values())))
-    # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top: 11 on one
-    # machine, 13 on another, and one to be sure. The device's has 2 m, and as many more as were measured.
-    vectors = 5 + 14 if settings.optimizer == "scipy" else DEVICE_VECTORS
+    # SciPy's L-BFGS-B works in 2 m + 5 vectors for m corrections; x, its gradient and copies come on top: 12 on one
+    # machine, 14 on another, and one to be sure. The device's has 2 m, and as many more as were measured.
+    vectors = 5 + 15 if settings.optimizer == "scipy" else DEVICE_VECTORS
     needed = (2 * history + vectors) * bytes_per_vector(size, settings.optimizer)
     kept = targets if settings.precision == "full" else 2 * targets  # those of the rounded network as well
     return Needed(computing, needed, LOADED + pixels * kept)

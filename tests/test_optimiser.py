@@ -37,6 +37,7 @@ class Rosenbrock:
 
 START = np.linspace(-2, 2, 48).reshape(4, 4, 3)
 UNIT = 32  # of x as SciPy is told it, a power of two near 5 * sqrt(48): a step of length 1 is 5 grey levels a pixel
+STEEPNESS = 2**19  # by which the loss is divided, so that its gradient there has about the length 1
 
 
 def minimised(function, start=START, watch=None, **options):
@@ -60,7 +61,7 @@ def test_points_are_those_of_one_uninterrupted_lbfgs():
 
     def rosen(flat):
         function.evaluate(UNIT * flat)
-        return optimize.rosen(UNIT * flat), UNIT * optimize.rosen_der(UNIT * flat)
+        return optimize.rosen(UNIT * flat) / STEEPNESS, UNIT * optimize.rosen_der(UNIT * flat) / STEEPNESS
 
     def solve(**tests):
         options = {"maxfun": 100_000, "maxiter": 100_000, **tests}
@@ -92,6 +93,23 @@ def test_scipys_first_step_moves_a_pixel_by_some_grey_levels():
         points = scipy_lbfgs(steep, np.full((pixels, 4, 3), 100.0), 5)
         next(points), next(points)
         assert 3.5 < math.sqrt(np.square(asked[1] - asked[0]).mean()) < 7.1
+
+
+def test_scipy_is_told_a_gradient_of_length_one_at_the_start(monkeypatch):
+    """Where it forgets what it has learnt it goes as far as the gradient is long: in grey levels, not in billions."""
+    told = []
+
+    def look(fun, start, jac, **options):
+        found = fun(start)
+        told.append(np.linalg.norm(jac(start)))
+        return optimize.OptimizeResult(x=start, fun=found)
+
+    monkeypatch.setattr(optimize, "minimize", look)
+    for steepness in (1e-9, 1.0, 1e12):
+        points = scipy_lbfgs(lambda x, by=steepness: evaluation_of(by, by * x), np.full((20, 20, 3), 100.0), 5)
+        assert len(list(points)) == 1
+    assert all(0.7 < length < 1.5 for length in told)
+    assert len(told) == 9  # each is started again twice
 
 
 def test_an_iteration_is_twenty_evaluations():
