@@ -193,8 +193,7 @@ is_flag() { case $1 in -*) true ;; *) false ;; esac; }
 
 case ${1:-} in
     --setup) find_python; printf '%s\n' "$python"; exit ;;
-    --describe | --version) find_python; exec "$python" "$here/deepstyle.py" "$@" ;;
-    --info) find_python_as_it_is; exec "$python" "$here/deepstyle.py" "$@" ;;
+    --describe | --describe=* | --info | --version) find_python_as_it_is; exec "$python" "$here/deepstyle.py" "$@" ;;
     -h | --help) usage; exit ;;
 esac
 given=0 # arguments before the first flag; of more than two, the last is OUTDIR

@@ -96,15 +96,18 @@ class Recipe:
 
 
 def program() -> list[str]:
-    """What a command line begins with: the installed command if that is what runs, else the file in its folder.
+    """What a command line begins with, as it works in this folder: the installed command if that is what runs.
 
-    There run.sh has made the environment: no other Python has the packages, as far as is known.
+    Else it is the file of the program, with the Python of the environment that run.sh has made, if that is what runs:
+    no other has the packages, as far as is known.
     """
     if os.path.basename(sys.argv[0]).removesuffix(".exe") == "deepstyle":
         return ["deepstyle"]
-    interpreter, of_run_sh = Path(sys.executable), Path(deepstyle.__file__).parent / ".venv"
-    is_of_run_sh = Path(sys.prefix).resolve() == of_run_sh.resolve()
-    return ["/".join([".venv", *interpreter.parts[-2:]]) if is_of_run_sh else "python", "deepstyle.py"]
+    folder, interpreter = Path(deepstyle.__file__).parent, Path(sys.executable)
+    from_here = Path() if folder == Path.cwd() else folder
+    is_of_run_sh = Path(sys.prefix).resolve() == (folder / ".venv").resolve()
+    python = (from_here / ".venv").joinpath(*interpreter.parts[-2:]).as_posix() if is_of_run_sh else "python"
+    return [python, (from_here / "deepstyle.py").as_posix()]
 
 
 def read_text(path: str) -> dict[str, Any]:

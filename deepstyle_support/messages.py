@@ -85,7 +85,7 @@ def reason(error: BaseException) -> str:
 
 def lacks_package(name: str | None) -> str:
     """What is said of a package that the program needs and Python has not."""
-    return f"this Python has no package {name}; 'sh run.sh' has one that has all, and 'pip install .' installs them"
+    return f"this Python has no package {name}; 'sh run.sh --setup' makes one that has it, 'pip install .' installs it"
 
 
 def notify(message: str) -> None:

@@ -448,5 +448,5 @@ def test_a_package_that_is_missing_is_one_line_whenever_it_is_needed(picture_fil
     monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     assert run(picture_files, tmp_path / "a") == 1
-    said = "this Python has no package scipy; 'sh run.sh' has one that has all, and 'pip install .' installs them"
+    said = "this Python has no package scipy; 'sh run.sh --setup' makes one that has it, 'pip install .' installs it"
     assert capsys.readouterr().err == f"deepstyle: error: {said}\n"

@@ -155,13 +155,13 @@ def test_errors_that_mean_that_memory_ran_out(error, known):
         (
             ModuleNotFoundError(name="keras"),
             "tensorflow",
-            "^this Python has no package keras; 'sh run.sh' has one that has all",
+            "^this Python has no package keras; 'sh run.sh --setup' makes one that has it",
             2,
         ),
         (
             ModuleNotFoundError(name="absl"),
             None,
-            "^this Python has no package absl; 'sh run.sh' has one that has all",
+            "^this Python has no package absl; 'sh run.sh --setup' makes one that has it",
             2,
         ),
         (ImportError("undefined symbol: x"), "jax", "KERAS_BACKEND=jax: it is installed, but broken: undefined", 2),

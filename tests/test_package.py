@@ -132,11 +132,14 @@ def test_the_installed_command_says_its_version(installed, tmp_path):
         ("deepstyle.py", f"{ROOT}/.venv/Scripts/python.exe", [".venv/Scripts/python.exe", "deepstyle.py"]),
     ],
 )
-def test_a_command_that_is_printed_is_one_that_works_where_it_is_printed(monkeypatch, run_as, by, begins):
+def test_a_command_that_is_printed_is_one_that_works_where_it_is_printed(monkeypatch, tmp_path, run_as, by, begins):
     monkeypatch.setattr(sys, "argv", [run_as, "--describe", "a.png"])
     monkeypatch.setattr(sys, "executable", by)
     monkeypatch.setattr(sys, "prefix", str(Path(by).parent.parent))
+    monkeypatch.chdir(ROOT)
     assert program() == begins
+    monkeypatch.chdir(tmp_path)  # a run of `sh /.../run.sh` in another folder: its pictures are named from there
+    assert program() == [f"{ROOT}/{word}" if word.startswith((".venv", "deepstyle.py")) else word for word in begins]
 
 
 def test_the_installed_program_imports_nothing_of_the_checkout(installed, tmp_path):

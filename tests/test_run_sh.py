@@ -279,10 +279,12 @@ def test_too_few_pictures_are_told_in_one_line(clone, arguments):
     assert len(err.splitlines()) == 1
 
 
-def test_how_a_picture_was_made_is_asked_of_the_interpreter_that_runs_use(clone):
+def test_how_a_picture_was_made_is_asked_of_what_is_there(clone):
     _, out, _, _ = run(clone, "--describe", "out dir/shipped.jpg")
     assert out == f"ran: {clone}/deepstyle.py --describe out dir/shipped.jpg\n"
+    assert run(clone, "--describe=a.png")[1] == f"ran: {clone}/deepstyle.py --describe=a.png\n"
     assert run(clone, "--version")[1] == f"ran: {clone}/deepstyle.py --version\n"
+    assert not (clone / ".venv").exists()  # without an installation: it is little that was asked for
 
 
 def test_setup_prints_the_interpreter(clone):
