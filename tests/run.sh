@@ -50,8 +50,9 @@ if [ -n "$checks" ]; then
 fi
 # With an arena of memory for each of TensorFlow's threads a worker keeps more than it needs.
 export MALLOC_ARENA_MAX=1
-# Tests that share what is slow to start have a group, which one of the two runs.
-"$python" -m pytest -n 2 --dist loadgroup --durations=10 -m "$kind" "$@"
+# Three on two cores, since some wait: for Ray, for a browser, for a signal. Tests that share what is slow to start have
+# a group, which one of the three runs.
+"$python" -m pytest -n 3 --dist loadgroup --durations=10 -m "$kind" "$@"
 status=$?
 if [ -n "$checks" ]; then
     echo "checks: $passed passed, $failed failed"
