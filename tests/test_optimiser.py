@@ -1,5 +1,6 @@
 """L-BFGS run once, seen through a generator; the rules for stopping."""
 
+import functools
 import itertools
 import math
 import os
@@ -99,6 +100,9 @@ def test_scipy_is_told_a_gradient_of_length_one_at_the_start(monkeypatch):
     """Where it forgets what it has learnt it goes as far as the gradient is long: in grey levels, not in billions."""
     told = []
 
+    def plane(steepness, x):
+        return evaluation_of(steepness, steepness * x)
+
     def look(fun, start, jac, **options):
         found = fun(start)
         told.append(np.linalg.norm(jac(start)))
@@ -106,8 +110,8 @@ def test_scipy_is_told_a_gradient_of_length_one_at_the_start(monkeypatch):
 
     monkeypatch.setattr(optimize, "minimize", look)
     for steepness in (1e-9, 1.0, 1e12):
-        points = scipy_lbfgs(lambda x, by=steepness: evaluation_of(by, by * x), np.full((20, 20, 3), 100.0), 5)
-        assert len(list(points)) == 1
+        evaluate = functools.partial(plane, steepness)
+        assert len(list(scipy_lbfgs(evaluate, np.full((20, 20, 3), 100.0), 5))) == 1
     assert all(0.7 < length < 1.5 for length in told)
     assert len(told) == 9  # each is started again twice
 
