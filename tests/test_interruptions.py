@@ -181,7 +181,7 @@ def test_a_run_that_goes_wrong_keeps_the_last_good_picture(picture_files, tmp_pa
         assert np.all(np.diff(state["losses"][:, 0]) < 0)
 
 
-@pytest.mark.parametrize("iterations", [40, pytest.param(200, marks=pytest.mark.endurance)])
+@pytest.mark.parametrize("iterations", [40, pytest.param(100, marks=pytest.mark.endurance)])
 def test_many_iterations_need_no_more_memory_or_files_than_twenty(picture_files, tmp_path, iterations):
     prefix = tmp_path / "a"
 
