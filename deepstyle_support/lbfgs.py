@@ -255,9 +255,9 @@ class FlatLoss:
 
     def gradient_at(self, flat: np.ndarray) -> np.ndarray:
         # SciPy asks for it where it has just asked for the loss. Given both at once, it keeps one more copy of x.
-        gradient = self.latest.gradient
-        self.latest = dataclasses.replace(self.latest, gradient=None)
-        return np.multiply(gradient, self.scale * self.unit, out=gradient).ravel()  # nobody else has it
+        gradient = (self.scale * self.unit) * self.latest.gradient.ravel()
+        self.latest = dataclasses.replace(self.latest, gradient=None)  # as large as the picture
+        return gradient
 
     def accept(self, told: float) -> None:
         """The line search stops at the point that it accepts, so the latest evaluation is that point's."""

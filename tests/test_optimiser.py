@@ -82,6 +82,19 @@ def test_points_are_those_of_one_uninterrupted_lbfgs():
         np.testing.assert_array_equal(point.x.ravel(), x)
 
 
+def test_a_gradient_that_somebody_keeps_stays_as_it_was():
+    kept = []
+
+    def evaluate(x):
+        kept.append((x.copy(), evaluation_of(float(np.square(x).sum()), 2 * x)))
+        return kept[-1][1]
+
+    list(itertools.islice(scipy_lbfgs(evaluate, START, 5), 3))
+    assert len(kept) > 2
+    for x, evaluation in kept:
+        np.testing.assert_array_equal(evaluation.gradient, 2 * x)
+
+
 def test_scipys_first_step_moves_a_pixel_by_some_grey_levels():
     """And not by 0.002, from which it would take five evaluations to find out how far to go."""
 
