@@ -182,6 +182,7 @@ find_picture() {
     if [ ! -e "$1" ] && [ -f "$here/images/$1" ]; then picture=${from_here}images/$1; fi
 }
 
+# Ends unless $picture is there: better before the minutes that an installation takes.
 need_picture() {
     if [ ! -e "$picture" ]; then
         say "there is no picture '$picture', neither as given nor in images/"

@@ -24,9 +24,9 @@ from deepstyle_support.backend import backend_name
 from deepstyle_support.limits import usable_cores
 from deepstyle_support.messages import UserError, counted, silenced_stderr
 
+from . import FOLDER
 from .terminal import signals_kept_from_children
 
-FOLDER = Path(__file__).resolve().parent.parent  # which the workers' processes import from
 MAX_DEATHS = 3  # of workers one after another, for each that there is to be, without any work that is done in between
 PATIENCE = 300  # seconds to wait for a worker if there is no other; to load a backend takes 5 to 60
 ANSWER = 10  # seconds in which somebody is to answer where a cluster is said to be

@@ -19,7 +19,8 @@ from pathlib import Path
 from deepstyle_support.messages import UserError, printable, reason
 from deepstyle_support.system import UNITS, arithmetic_units, cpuinfo, processor_name, version_of
 
-ROOT = Path(__file__).resolve().parent.parent
+from . import FOLDER
+
 COLUMNS, INDENT = 80, 19
 LONGEST = 400  # letters of what is said of one thing: some errors are pages
 PATIENCE = 120  # seconds for a package to load, or the device to start
@@ -105,7 +106,7 @@ def safely(tell: Callable[..., str], *given: str) -> str:
 
 def version() -> str:
     """The program's own, which is read: to import it takes packages."""
-    found = re.search(r'^__version__ = "(.*)"', (ROOT / "deepstyle.py").read_text("utf-8"), re.MULTILINE)
+    found = re.search(r'^__version__ = "(.*)"', (FOLDER / "deepstyle.py").read_text("utf-8"), re.MULTILINE)
     return found[1] if found else "of an unknown version"
 
 
@@ -184,7 +185,7 @@ def package(name: str) -> str:
 
 def answer_of(code: str) -> str:
     """The last line that code of Python prints in a process of its own. Raises UserError if it fails there."""
-    command = [sys.executable, "-c", ON_ITS_OWN.format(code), str(ROOT)]
+    command = [sys.executable, "-c", ON_ITS_OWN.format(code), str(FOLDER)]
     try:
         ended = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=PATIENCE

@@ -11,7 +11,6 @@ from typing import Any
 
 from PIL import Image
 
-import deepstyle
 from deepstyle import __version__
 from deepstyle_support.backend import import_keras
 from deepstyle_support.convolution import FULL
@@ -20,6 +19,7 @@ from deepstyle_support.messages import UserError, as_typed, printable
 from deepstyle_support.reading import harmless
 from deepstyle_support.rounding import computed_with, what_differs
 
+from . import FOLDER
 from .job import Job
 
 
@@ -103,11 +103,10 @@ def program() -> list[str]:
     """
     if os.path.basename(sys.argv[0]).removesuffix(".exe") == "deepstyle":
         return ["deepstyle"]
-    folder, interpreter = Path(deepstyle.__file__).parent, Path(sys.executable)
-    from_here = Path() if folder == Path.cwd() else folder
-    is_of_run_sh = Path(sys.prefix).resolve() == (folder / ".venv").resolve()
-    python = (from_here / ".venv").joinpath(*interpreter.parts[-2:]).as_posix() if is_of_run_sh else "python"
-    return [python, (from_here / "deepstyle.py").as_posix()]
+    from_here = Path() if Path.cwd() == FOLDER else FOLDER
+    is_of_run_sh = Path(sys.prefix).resolve() == (FOLDER / ".venv").resolve()
+    own = (from_here / ".venv").joinpath(*Path(sys.executable).parts[-2:])
+    return [own.as_posix() if is_of_run_sh else "python", (from_here / "deepstyle.py").as_posix()]
 
 
 def read_text(path: str) -> dict[str, Any]:

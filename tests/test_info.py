@@ -253,6 +253,6 @@ def test_without_variables_of_its_own_the_page_says_so(monkeypatch):
 
 def test_the_version_is_the_programs(monkeypatch, tmp_path):
     assert info.version() == deepstyle.__version__
-    monkeypatch.setattr(info, "ROOT", Path(tmp_path))
+    monkeypatch.setattr(info, "FOLDER", Path(tmp_path))
     (tmp_path / "deepstyle.py").touch()
     assert info.version() == "of an unknown version"

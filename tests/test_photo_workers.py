@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from deepstyle_app import crew as crews
 from deepstyle_app.command import job_of, main
 from deepstyle_app.folder import groups_of
 from deepstyle_app.photo_workers import PhotoWorker
+from deepstyle_app.recipe import program
 from deepstyle_app.terminal import SAME_STOP
 from deepstyle_support.limits import usable_cores
 from deepstyle_support.memory import RAY
@@ -532,7 +534,8 @@ def test_the_command_itself_paints_what_one_process_would_and_a_stop_leaves_no_p
         np.testing.assert_array_equal(pixels(first), pixels(tmp_path / "alone" / name / first.name))
         said = describe(first, capfd)
         assert "\nexact: True\n" in said
-        assert f"python deepstyle.py photos/{name} style.png out/{name}/ " in said.splitlines()[-1]
+        command_again = f"{shlex.join(program())} photos/{name} style.png out/{name}/ "
+        assert said.splitlines()[-1].startswith(command_again)
 
 
 @needs_two_cores

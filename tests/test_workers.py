@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from conftest import IMAGES, SMALL, STARTED_FOR, describe, left_of, run, smooth_
 import deepstyle
 from deepstyle_app import crew as crews
 from deepstyle_app import tile_workers
+from deepstyle_app.recipe import program
 from deepstyle_app.terminal import stopping
 from deepstyle_app.tile_workers import TileWorker, WorkersEngine
 from deepstyle_support import engine as engines
@@ -280,7 +282,8 @@ def test_a_run_goes_on_with_another_number_of_workers_and_a_stop_saves_the_pictu
     assert run(picture_files, prefix, "--num_iter", done + 1, "--resume") == 0
     assert capfd.readouterr().out.startswith(f"going on after iteration {done}\n")
     by_two, by_one = (describe(f"{prefix}_at_iteration_{number}.png", capfd) for number in (2, done + 1))
-    assert re.search(r"python deepstyle.py \S+ \S+ \S+ .*--tile 32 --workers 2\n", by_two)
+    begins = re.escape(shlex.join(program()))
+    assert re.search(rf"\n{begins} \S+ \S+ \S+ .*--tile 32 --workers 2\n", by_two)
     assert "--workers" not in by_one
     assert "comes close to it" in by_two  # what a run that went on would be by other processes' rounding is not known
 
