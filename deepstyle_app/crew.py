@@ -182,11 +182,25 @@ class Crew:
         return f"{next(filter(str.strip, reversed(said)), 'without a word')}; Ray's logs are in {self.logs}"
 
     def end(self) -> None:
-        """Let go of the workers, and of Ray, if it was begun."""
+        """Let go of the workers, and of Ray, if it was begun: nothing that it started on this machine is left."""
         if self.began:
             import ray
 
+            raylets = [] if on_cluster() else [one for one in psutil.Process().children() if one.name() == "raylet"]
             ray.shutdown()
+            kill_workers_of(raylets)
+
+
+def kill_workers_of(raylets: list[psutil.Process]) -> None:
+    """End the workers that outlive the processes of Ray's that started them.
+
+    One that was only starting when Ray was shut down would look for it for a minute.
+    """
+    numbers = {str(raylet.pid) for raylet in raylets}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has ended, or is somebody else's
+            if process.environ().get("RAY_RAYLET_PID") in numbers:
+                process.kill()
 
 
 def worker_processes() -> list[psutil.Process]:

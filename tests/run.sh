@@ -1,5 +1,5 @@
 #!/bin/sh
-# Checks style and types, then runs the tests, two at a time, in the environment that run.sh makes.
+# Checks style and types, then runs the tests, three at a time, in the environment that run.sh makes.
 # With arguments, which are pytest's, it runs those tests alone: 'sh tests/run.sh tests/test_losses.py'.
 # 'sh tests/run.sh endurance' runs the long ones alone, which are left out otherwise.
 set -u

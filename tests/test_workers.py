@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -408,6 +409,28 @@ def test_a_run_of_workers_that_is_not_stopped_is_made_again_by_its_command(run_s
     assert "\nexact: True\n" in said
     assert "\nthis makes it again, as its iteration 1:\n" in said
     assert said.endswith(" --tile 64 --workers 2\n")
+
+
+def test_workers_that_were_only_starting_when_ray_was_shut_down_are_ended(tmp_path, monkeypatch):
+    import ray
+
+    raylet = tmp_path / "raylet"
+    raylet.symlink_to(shutil.which("sleep"))
+    node = subprocess.Popen([raylet, "60"])
+    ours, another = (
+        subprocess.Popen(["sleep", "60"], env=os.environ | {"RAY_RAYLET_PID": str(pid)}) for pid in (node.pid, 1)
+    )
+    crew = crews.Crew(2)
+    crew.began = True
+    monkeypatch.setattr(ray, "shutdown", node.kill)
+    try:
+        crew.end()
+        assert ours.wait(timeout=5) == -signal.SIGKILL
+        assert another.poll() is None
+    finally:
+        for process in (node, ours, another):
+            process.kill()
+            process.wait()
 
 
 def test_without_ray_it_says_what_brings_it(picture_files, tmp_path, monkeypatch, capfd):
