@@ -1,5 +1,6 @@
 """One picture on several workers: what they compute is the same, and what happens to them loses nothing."""
 
+import inspect
 import os
 import re
 import shlex
@@ -422,15 +423,31 @@ def test_workers_that_were_only_starting_when_ray_was_shut_down_are_ended(tmp_pa
     )
     crew = crews.Crew(2)
     crew.began = True
-    monkeypatch.setattr(ray, "shutdown", node.kill)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
     try:
         crew.end()
-        assert ours.wait(timeout=5) == -signal.SIGKILL
+        assert node.wait(timeout=5) == ours.wait(timeout=5) == -signal.SIGKILL
         assert another.poll() is None
     finally:
         for process in (node, ours, another):
             process.kill()
             process.wait()
+
+
+def test_rays_processes_are_not_asked_to_end_by_a_signal_that_they_do_not_get(monkeypatch):
+    import ray
+    from ray._private import node, worker
+
+    given: list[dict] = []
+    assert "allow_graceful" in inspect.signature(node.Node.kill_all_processes).parameters
+    monkeypatch.setattr(node.Node, "kill_all_processes", lambda self, **options: given.append(options))
+    monkeypatch.setattr(worker, "_global_node", object.__new__(node.Node))
+    monkeypatch.setattr(ray, "shutdown", lambda: worker._global_node.kill_all_processes(allow_graceful=True, wait=True))
+    monkeypatch.setattr(crews, "raylets_and_theirs", list)
+    crew = crews.Crew(2)
+    crew.began = True
+    crew.end()
+    assert given == [{"allow_graceful": False, "wait": True}]
 
 
 def test_without_ray_it_says_what_brings_it(picture_files, tmp_path, monkeypatch, capfd):
