@@ -26,7 +26,7 @@ if width == "full":
 evaluate(folder, cases)
 """
 # What differs from one backend to the next: convolutions, their gradient at the border, pooling, and the optimiser's
-# vectors; what is compiled for one shape takes JAX three seconds, so most are tried among the endurance tests.
+# vectors; what is compiled for one shape takes JAX three seconds, so it is tried among the endurance tests.
 SHORT = ["device ave zeros off", "loss ave edge off"]
 LONG = [f"{kind} {tile}" for kind in ("device ave zeros", "loss max zeros", "loss ave edge") for tile in ("off", "112")]
 
@@ -46,9 +46,13 @@ def evaluate(folder, cases):
             np.savez(f"{folder}/{case} losses.npz", losses=losses)
 
 
-@pytest.mark.parametrize("backend", ["jax", "torch"])
 @pytest.mark.parametrize(
-    ("width", "cases"), [("narrow", SHORT), pytest.param("full", LONG, marks=pytest.mark.endurance)]
+    ("backend", "width", "cases"),
+    [
+        ("torch", "narrow", SHORT),
+        pytest.param("torch", "full", LONG, marks=pytest.mark.endurance),
+        pytest.param("jax", "full", LONG, marks=pytest.mark.endurance),
+    ],
 )
 def test_loss_gradient_and_the_devices_optimiser_agree_across_backends(tmp_path, backend, width, cases, request):
     if not importlib.util.find_spec(backend):

@@ -206,10 +206,8 @@ def test_many_iterations_need_no_more_memory_or_files_than_twenty(picture_files,
     assert assert_all_files_are_whole(prefix) == iterations
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [pytest.param([], marks=pytest.mark.endurance), ["--init_image", "noise", "--pool_type", "max", "--seed", "5"]],
-)
+@pytest.mark.endurance
+@pytest.mark.parametrize("flags", [[], ["--init_image", "noise", "--pool_type", "max", "--seed", "5"]])
 def test_the_same_command_gives_the_same_pictures_bit_for_bit(picture_files, tmp_path, flags):
     files = []
     for _ in range(2):
