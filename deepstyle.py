@@ -302,10 +302,14 @@ class TiledLoss:
 
         whole_grams: the picture's Gram matrices, of which the style losses are; empty if the tile is the whole picture.
         """
+        differentiated = compiled(self.terms, math.prod(self.size), self.pool_type)
+        targets = networks.targets_of(self, tile, lambda: self._targets(tile))._replace(whole_grams=whole_grams)
+        return differentiated(tile.of(x), networks[self.factors], targets)
+
+    def _targets(self, tile: Tile) -> Targets:
         content = {layer: f[tile.at(stride(layer)).window] for layer, f in self.content.items()}
         masks = {place: mask for place in self.places() if (mask := self._mask(tile, place, self.masks)) is not None}
-        differentiated = compiled(self.terms, math.prod(self.size), self.pool_type)
-        return differentiated(tile.of(x), networks[self.factors], Targets(content, self.style, masks, whole_grams))
+        return Targets(content, self.style, masks, {})
 
     def _mask(self, tile: Tile, place: Place, masks: dict[Place, np.ndarray]) -> np.ndarray | None:
         """(h, w, 1): how much each position of the tile's window counts; None where all count the same."""

@@ -186,7 +186,7 @@ def differentiable(parts: Callable) -> Callable:
     compiled = {"tensorflow": with_tensorflow, "jax": with_jax, "torch": with_torch}[keras.backend.backend()](summed)
 
     def evaluate(*given: Any) -> tuple[dict[str, float], Any]:
-        values, gradient = compiled(*keras.tree.map_structure(keras.ops.convert_to_tensor, given))
+        values, gradient = compiled(*to_tensors(given))
         together = as_array(keras.ops.stack([*values.values()])) if values else ()  # a GPU is waited for once
         return dict(zip(values, map(float, together), strict=True)), gradient
 
@@ -196,6 +196,12 @@ def differentiable(parts: Callable) -> Callable:
 def as_array(x: Any) -> np.ndarray:
     """An array as it is, a tensor of the backend copied into one."""
     return x if isinstance(x, np.ndarray) else import_keras().ops.convert_to_numpy(x)
+
+
+def to_tensors(structure: Any) -> Any:
+    """A structure (a tuple, a dict, ...) with its arrays as tensors of the backend."""
+    keras = import_keras()
+    return keras.tree.map_structure(keras.ops.convert_to_tensor, structure)
 
 
 def to_arrays(structure: Any) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .backend import import_keras, on_cpu
+from .backend import import_keras, on_cpu, to_tensors
 from .cache import Cache
 from .convolution import FULL, Kernel, kernel_on_device, rounded_kernel
 from .device import describe_device, fastest_factors
@@ -29,11 +29,20 @@ def on_device(weights: Weights, padding: str) -> Network:
 class Networks(dict[str, Network]):
     """The network on the device, by the type of its convolutions' factors; a rounded one is made when it is needed.
 
-    Two convolutions are always in full: of all, rounding them harms the gradient most (docs/design.md).
+    Two convolutions are always in full: of all, rounding them harms the gradient most (docs/design.md). Beside the
+    network are the targets of the tile that was computed last.
     """
 
     def __init__(self, weights: Weights, padding: str):
         self[FULL] = on_device(weights, padding)
+        self.targets: tuple[Any, Tile | None, Any] = None, None, None  # of which loss, which tile, and as tensors
+
+    def targets_of(self, loss: Any, tile: Tile, make: Callable[[], Any]) -> Any:
+        """make(), as tensors: a picture that is one tile has them on the device from one evaluation to the next."""
+        if self.targets[0] is not loss or self.targets[1] != tile:
+            self.targets = None, None, None  # before there are others: memory may have run out
+            self.targets = loss, tile, to_tensors(make())
+        return self.targets[2]
 
     def __missing__(self, factors: str) -> Network:
         self[factors] = {

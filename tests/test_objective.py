@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+import weakref
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from conftest import ONE_THREAD, for_scripts, smooth_picture
 
 import deepstyle
-from deepstyle_support import convolution
+from deepstyle_support import backend, convolution
+from deepstyle_support import engine as engines
 from deepstyle_support.backend import as_array, differentiable, import_keras
 from deepstyle_support.cache import Cache
 from deepstyle_support.convolution import Way, convolve, kernel_on_device
@@ -222,6 +224,29 @@ def test_engines_with_one_cache_make_network_and_style_ready_once(untrained, mon
         np.testing.assert_array_equal(second.tiled.style[name], target)
     networks = [objective.engine.cache.get("the network", lambda: None) for objective in (first, second)]
     assert networks[0] is networks[1] is not None
+
+
+def test_a_whole_pictures_targets_go_to_the_device_once_and_are_gone_when_it_goes_on_in_tiles(untrained, monkeypatch):
+    content, style, x = pictures(64, 48)
+    objective = deepstyle.Objective(content, style, weights=untrained, content_mask=content)
+    x = import_keras().ops.convert_to_tensor(x, "float32")
+    first = objective.evaluate(x)
+    sent = []
+    to_tensors = backend.to_tensors
+
+    def spy(structure):
+        sent.extend(one for one in import_keras().tree.flatten(structure) if isinstance(one, np.ndarray))
+        return to_tensors(structure)
+
+    monkeypatch.setattr(backend, "to_tensors", spy)
+    monkeypatch.setattr(engines, "to_tensors", spy)
+    second = objective.evaluate(x)
+    assert (sent, second.parts) == ([], first.parts)
+    networks = objective.engine.cache.get("the network", lambda: None)
+    tensors = weakref.ref(networks.targets[2].content["conv5_2"])
+    objective.tile = 32
+    assert objective.evaluate(x).parts == pytest.approx(first.parts, rel=1e-5)
+    assert tensors() is None
 
 
 def test_a_style_in_other_tiles_is_not_taken_for_the_same(untrained):
