@@ -10,6 +10,7 @@ For each of TensorFlow, JAX and PyTorch that is installed, each measurement in a
 - plain, with rows and precision: the same picture by plain_pytorch.py, which is what a person would use instead, with
   PyTorch's own defaults (tf32) and in full: seconds of an evaluation, and from the command to the tenth picture;
 - command, with rows, optimiser and precision: seconds from the command to the tenth picture of deepstyle itself;
+- again, with the same, for JAX: the command twice, with a folder where JAX keeps what it has compiled and tried out;
 - ways, with rows and the type of factors: each way to compute the convolutions that the backend leaves open, the
   program's own first, and PyTorch's also with cuDNN's search for the best algorithm; the fastest is named;
 - rounded, with rows: how much of an evaluation's seconds it takes with TF32, and with --precision mixed, and how far
@@ -175,17 +176,28 @@ def ways(weights: Weights, rows: int, factors: str) -> dict[str, Any]:
     return {"ways": found}
 
 
-def until_tenth(script: str, *flags: str) -> dict[str, Any]:
-    """Seconds from a command to its end, when its tenth picture is there, and the JSON of its last line, if it is."""
+def until_tenth(script: str, *flags: str, **variables: str) -> dict[str, Any]:
+    """Seconds from a command to its end, when its tenth picture is there, and the JSON of its last line, if it is.
+
+    variables: of its environment.
+    """
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         line = [sys.executable, str(FOLDER / script), *PAIR, str(Path(folder, "a")), "--num_iter", "10", *flags]
-        ended = subprocess.run(line, capture_output=True, text=True)
+        ended = subprocess.run(line, capture_output=True, text=True, env=os.environ | variables)
         took = time.perf_counter() - began
         if ended.returncode or not Path(folder, "a_at_iteration_10.png").exists():
             raise RuntimeError((ended.stderr.splitlines() or ["it made no tenth picture"])[-1])
     said = ended.stdout.splitlines()[-1:]
     return {"until_tenth": took} | (json.loads(said[0]) if said and said[0].startswith("{") else {})
+
+
+def again(*flags: str) -> dict[str, Any]:
+    """Seconds as in `until_tenth` when JAX has kept what the same command compiled before, and of the one before."""
+    with tempfile.TemporaryDirectory() as kept:
+        first, second = (until_tenth("deepstyle.py", *flags, JAX_COMPILATION_CACHE_DIR=kept) for _ in range(2))
+        size = sum(path.stat().st_size for path in Path(kept).rglob("*") if path.is_file())
+    return {"until_tenth": second["until_tenth"], "before": first["until_tenth"], "kept": size}
 
 
 def peak_on_gpu() -> float:
@@ -320,6 +332,10 @@ def show_until_tenth(row: dict[str, Any]) -> str:
     return said
 
 
+def show_again(row: dict[str, Any]) -> str:
+    return f"{show_until_tenth(row)}, {row['before']:.1f} s before; {row['kept'] / 1e6:.1f} MB are kept"
+
+
 def show_ways(row: dict[str, Any]) -> str:
     ways, own = row["ways"], row["ways"][0]
     fastest = min(ways, key=lambda one: one["seconds"])
@@ -354,6 +370,7 @@ SHOWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "exact": show_exact,
     "plain": show_until_tenth,
     "command": show_until_tenth,
+    "again": show_again,
     "ways": show_ways,
     "rounded": show_rounded,
     "size": show_size,
@@ -368,10 +385,10 @@ def measure(asked: list[str], weights: str) -> dict[str, Any]:
         rows, precision = given
         flags = ["--full"] if precision == "full" else []
         return until_tenth("benchmarks/plain_pytorch.py", "--rows", rows, "--weights", weights, *flags)
-    if kind == "command":
+    if kind in ("command", "again"):
         rows, optimiser, precision = given
         flags = ["--optimizer", optimiser, "--precision", precision, "--image_size", rows, "--weights", weights]
-        return until_tenth("deepstyle.py", *flags)
+        return until_tenth("deepstyle.py", *flags) if kind == "command" else again(*flags)
     tensors, source = load_weights(weights)
     if kind == "exact":
         found = exact(tensors)
@@ -394,6 +411,8 @@ def measurements(arguments: argparse.Namespace) -> Iterator[tuple[Any, ...]]:
             yield from ((backend, "plain", first, precision) for precision in ("full", "tf32"))
         for given in (("device", "full"), ("device", "mixed"), ("scipy", "full")):
             yield backend, "command", first, *given
+        if backend == "jax":
+            yield backend, "again", first, "device", "full"
         yield from sizes(backend, first, arguments.tile)
         yield from ((backend, "ways", first, factors) for factors in (FULL, "bfloat16") if backend != "jax")
         yield backend, "shared", first, 0, "scipy"

@@ -231,7 +231,7 @@ def test_a_whole_pictures_targets_go_to_the_device_once_and_are_gone_when_it_goe
     objective = deepstyle.Objective(content, style, weights=untrained, content_mask=content)
     x = import_keras().ops.convert_to_tensor(x, "float32")
     first = objective.evaluate(x)
-    sent = []
+    sent: list[np.ndarray] = []
     to_tensors = backend.to_tensors
 
     def spy(structure):
