@@ -110,6 +110,7 @@ def test_every_weight_may_be_zero(untrained):
     assert not gradient.any()
 
 
+@pytest.mark.endurance
 def test_another_type_in_keras_json_changes_nothing(picture_files, tmp_path):
     (tmp_path / "keras.json").write_text('{"floatx": "float64", "backend": "tensorflow"}')
     command = [sys.executable, str(SCRIPT), *picture_files, str(tmp_path / "a"), "--weights", "random"]

@@ -119,7 +119,7 @@ def test_the_second_ctrl_c_leaves_at_once(picture_files, tmp_path):
     assert_all_files_are_whole(prefix)
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.endurance)])
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.endurance)])
 def test_a_kill_at_any_moment_leaves_whole_files_and_resume_works(picture_files, tmp_path, kills):
     chance, done = random.Random(0), 0
     for attempt in range(kills):

@@ -205,7 +205,7 @@ def test_where_rounding_stands_in_the_way_it_goes_on_in_full(optimizer):
     assert points[-1].evaluation.in_full
 
 
-@pytest.mark.parametrize("after", [-30, -1, 0, 1, 2, 8])
+@pytest.mark.parametrize("after", [-1, 0, 2, *(pytest.param(n, marks=pytest.mark.endurance) for n in (-30, 1, 8))])
 def test_a_run_that_goes_on_knows_in_which_precision_it_was(untrained, has_unit, after):
     unbroken, watch = painted(untrained)
     state = stopped_after(untrained, watch.switched[0] + after)

@@ -258,6 +258,7 @@ def state_of(prefix):
         return int(state["iteration"]), bool(state["partial"])
 
 
+@pytest.mark.endurance
 @pytest.mark.skipif(usable_cores() < 2, reason="two workers need two cores")
 def test_a_run_goes_on_with_another_number_of_workers_and_a_stop_saves_the_picture(
     full_network, picture_files, tmp_path, capfd
