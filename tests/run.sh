@@ -50,7 +50,7 @@ if [ -n "$checks" ]; then
 fi
 # With an arena of memory for each of TensorFlow's threads a worker keeps more than it needs.
 export MALLOC_ARENA_MAX=1
-# Ray's workers would get hardly any time beside the other tests: it makes them as nice as can be, nearly.
+# Ray gives its workers a low priority, with which they would get hardly any time beside the other tests.
 export RAY_worker_niceness=0
 # Three on two cores, since some wait: for Ray, for a browser, for a signal. Tests that share what is slow to start have
 # a group, which one of the three runs.

@@ -426,6 +426,9 @@ def test_workers_that_were_only_starting_when_ray_was_shut_down_are_ended(tmp_pa
     crew.began = True
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     try:
+        assert node.pid in [process.pid for process in crews.raylets_and_theirs()]
+        # Not those of the workers that other tests of this file share, which are this process's too.
+        monkeypatch.setattr(crews, "raylets_and_theirs", lambda: [psutil.Process(node.pid)])
         crew.end()
         assert node.wait(timeout=5) == ours.wait(timeout=5) == -signal.SIGKILL
         assert another.poll() is None
