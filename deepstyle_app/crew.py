@@ -221,7 +221,7 @@ def kill_left(started: list[psutil.Process]) -> None:
     One that was only starting when Ray was shut down would look for it for a minute.
     """
     raylets = {str(process.pid) for process in started}
-    for process in (*started, *psutil.process_iter()):
+    for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # it has ended, or is somebody else's
             if process in started or process.environ().get("RAY_RAYLET_PID") in raylets:
                 process.kill()
@@ -229,9 +229,8 @@ def kill_left(started: list[psutil.Process]) -> None:
 
 def worker_processes() -> list[psutil.Process]:
     """Those that Ray runs for us on this machine, less what it keeps for itself and those that wait for work."""
-    by_ray = psutil.Process().children(recursive=True)
     found = []
-    for process in by_ray:
+    for process in raylets_and_theirs():
         with contextlib.suppress(psutil.Error):  # it has ended
             idle = process.name().startswith(("ray::IDLE", "ray::DashboardA", "ray::RuntimeEnv"))
             if process.parent().name() == "raylet" and not idle:
